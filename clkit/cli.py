@@ -1,0 +1,249 @@
+"""The command line. Everything heavy is imported inside the command that needs it, so that --help answers at once."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from clkit.errors import ClkitError, ConfigError
+
+_EXIT_INTERRUPTED = 130
+_LISTS = ("strategies", "tasks", "metrics", "models", "engines", "configs")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0 done, 2 the user can mend it, 130 interrupted."""
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    if arguments.command is None:
+        parser.print_help()
+        return 0
+    try:
+        arguments.run(arguments)
+        return 0
+    except ClkitError as error:
+        if arguments.debug:
+            raise
+        print(f"clkit: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("clkit: interrupted; the same command again goes on from the last checkpoint", file=sys.stderr)
+        return _EXIT_INTERRUPTED
+    except BrokenPipeError:  # the reader of our output went away, as `clkit ls | head` does
+        sys.stderr.close()
+        return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="clkit",
+        description="Continual learning, model editing and unlearning on one sequential-task trainer.",
+        epilog="example:\n  clkit run configs/quickstart.yaml",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=_version())
+    parser.set_defaults(command=None)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+
+    run = _add(
+        commands,
+        "run",
+        _run,
+        "learn the tasks of a configuration; the same command again resumes",
+        "clkit run configs/quickstart_digits.yaml train.epochs=5",
+    )
+    _config_arguments(run)
+    run.add_argument("--fresh", action="store_true", help="delete an earlier run in the same directory first")
+    run.add_argument("--quiet", action="store_true", help="print nothing but errors and the result")
+
+    validate = _add(
+        commands,
+        "validate",
+        _validate,
+        "check a configuration and say what its run would do",
+        "clkit validate configs/text_sequence.yaml",
+    )
+    _config_arguments(validate)
+
+    evaluate = _add(
+        commands,
+        "eval",
+        _eval,
+        "score the model of a run on its tasks, or on other files",
+        "clkit eval runs/quickstart/naive --tasks my_test.jsonl",
+    )
+    evaluate.add_argument("run_dir", metavar="RUN", type=Path, help="a run directory")
+    evaluate.add_argument(
+        "--tasks",
+        nargs="+",
+        metavar="FILE",
+        help="text files (JSONL, CSV, parquet) to score, instead of the run's tasks",
+    )
+    evaluate.add_argument("--metric", default="auto", help="the score for --tasks (default: by the records)")
+
+    listing = _add(commands, "ls", _ls, "list what there is, a line each", "clkit ls strategies")
+    listing.add_argument("what", nargs="?", choices=_LISTS, help="default: everything")
+
+    copy = _add(commands, "cp", _cp, "copy a shipped configuration to start from", "clkit cp quickstart my_config.yaml")
+    copy.add_argument("name", help="a name from `clkit ls configs`")
+    copy.add_argument("target", type=Path, nargs="?", help="a new file (default: NAME.yaml here)")
+
+    export = _add(
+        commands,
+        "export",
+        _export,
+        "write the model of a run as a plain Hugging Face or PEFT directory",
+        "clkit export runs/quickstart/replay my_adapter",
+    )
+    export.add_argument("run_dir", metavar="RUN", type=Path, help="a run directory")
+    export.add_argument("target", type=Path, help="a new directory")
+
+    report = _add(
+        commands,
+        "report",
+        _report,
+        "write report.html for one run, or one that compares several",
+        "clkit report runs/quickstart/naive runs/quickstart/replay --output report.html",
+    )
+    report.add_argument("run_dirs", metavar="RUN", nargs="+", type=Path, help="run directories")
+    report.add_argument("--output", type=Path, help="the file to write (default: report.html in the first run)")
+    return parser
+
+
+def _add(commands: Any, name: str, function: Callable[[Any], None], help: str, example: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=help,
+        description=help[0].upper() + help[1:] + ".",
+        epilog=f"example:\n  {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(run=function)
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+def _config_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", metavar="CONFIG", help="a YAML file, or the name of a shipped configuration")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="options to change, such as train.epochs=3 or strategy=replay"
+    )
+
+
+def _version() -> str:
+    from clkit import __version__
+
+    return f"clkit {__version__}"
+
+
+def _load(arguments: Any) -> list[Any]:
+    from clkit import api, resolve
+
+    content = resolve.read(arguments.config, arguments.overrides)
+    changed = [o.partition("=")[0] for o in arguments.overrides]
+    config = resolve.validate(content, origin=arguments.config, overridden=changed)
+    return api.expand(config, content)
+
+
+def _run(arguments: Any) -> None:
+    from clkit import api
+    from clkit.progress import Progress
+    from clkit.report import write_report
+    from clkit.result import compare_text
+
+    results = []
+    for config in _load(arguments):
+        progress = Progress(enabled=not arguments.quiet, bars=config.tracking.progress)
+        progress.say(f"== {config.name}: {config.strategy.name} in {config.output_dir}")
+        result = api.run(config, fresh=arguments.fresh, progress=progress)
+        write_report([result], Path(config.output_dir) / "report.html")
+        print(f"\n{result.name}\n{result.summary()}\n")
+        results.append(result)
+    report = Path(results[0].run_dir) / "report.html"
+    if len(results) > 1:
+        report = report.parent.parent / "report.html"
+        write_report(results, report)
+        print(compare_text(results) + "\n")
+    print(f"Report: {report}")
+
+
+def _validate(arguments: Any) -> None:
+    from clkit.plan import describe
+
+    for config in _load(arguments):
+        print(describe(config) + "\n")
+
+
+def _eval(arguments: Any) -> None:
+    from clkit import api, build, resolve
+    from clkit.result import score_table
+
+    with api.open_run(arguments.run_dir) as trainer:
+        tasks = trainer.scored
+        if arguments.tasks:
+            section = {"source": "jsonl", "tasks": arguments.tasks, "metric": arguments.metric, "eval_only": True}
+            tasks = build.make_tasks(resolve.validate({"tasks": section}, origin="clkit eval"))
+        with trainer.serving():
+            print(score_table([trainer.score_task(task) for task in tasks], [task.name for task in tasks]))
+
+
+def _ls(arguments: Any) -> None:
+    from clkit import listing
+
+    for what in [arguments.what] if arguments.what else _LISTS:
+        entries = listing.entries(what)
+        if not arguments.what:
+            print(f"{what}:")
+        width = max((len(name) for name, _ in entries), default=0)
+        indent = "" if arguments.what else "  "
+        for name, line in entries:
+            print(f"{indent}{name:<{width}}  {line}")
+
+
+def _cp(arguments: Any) -> None:
+    from clkit.listing import shipped
+
+    known = shipped()
+    source = known.get(arguments.name.removesuffix(".yaml"))
+    if source is None:
+        from clkit.errors import did_you_mean
+
+        raise ConfigError(
+            f"no configuration '{arguments.name}' is shipped.{did_you_mean(arguments.name, known)} "
+            f"There are: {', '.join(known)}"
+        )
+    target = arguments.target or Path(source.name)
+    if target.is_dir():
+        target = target / source.name
+    if target.exists():
+        raise ConfigError(f"{target}: exists already; choose another name")
+    if not target.parent.is_dir():
+        raise ConfigError(f"{target.parent}: no such directory")
+    target.write_text(source.read_text(encoding="utf-8"), encoding="utf-8")
+    print(f"{target}: edit it, then `clkit run {target}`")
+
+
+def _export(arguments: Any) -> None:
+    from clkit import api
+
+    if arguments.target.exists():
+        raise ConfigError(f"{arguments.target}: exists already; choose another name")
+    with api.open_run(arguments.run_dir) as trainer:
+        print(trainer.export(arguments.target))
+
+
+def _report(arguments: Any) -> None:
+    from clkit.report import write_report
+    from clkit.result import RunResult
+
+    results = [RunResult.load(run_dir) for run_dir in arguments.run_dirs]
+    target = arguments.output or arguments.run_dirs[0] / "report.html"
+    write_report(results, target)
+    print(target)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

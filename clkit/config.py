@@ -1,0 +1,160 @@
+"""The run configuration: every option, its default, its range and its help, in one place."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+def opt(
+    default: Any,
+    help: str,
+    *,
+    min: float | None = None,
+    max: float | None = None,
+    above: float | None = None,
+    choices: tuple[str, ...] | None = None,
+) -> Any:
+    """A dataclass field with its help and its range (``min``/``max`` inclusive, ``above`` exclusive).
+
+    ``default`` is a value, or something to call for one (a dataclass of options).
+    """
+    meta = {"help": help, "min": min, "max": max, "above": above, "choices": choices}
+    meta = {k: v for k, v in meta.items() if v is not None}
+    if isinstance(default, (list, dict)):
+        return field(default_factory=lambda: default.copy(), metadata=meta)
+    if callable(default):
+        return field(default_factory=default, metadata=meta)
+    return field(default=default, metadata=meta)
+
+
+@dataclass
+class LoraConfig:
+    """A LoRA adapter on the model (through peft). With ``r: 0`` there is none and all weights are trained."""
+
+    r: int = opt(0, "rank; 0 = no adapter, train all weights", min=0)
+    alpha: float = opt(32.0, "scale; the update is alpha / r * B @ A", above=0)
+    dropout: float = opt(0.0, "dropout on the adapter's input", min=0, max=0.99)
+    target_modules: list[str] = opt(["all-linear"], "module names, or all-linear")
+
+
+@dataclass
+class ModelConfig:
+    """Which model, and how it is loaded."""
+
+    name: str = opt("smollm2-135m", "alias, hub id, directory, .gguf file or built-in architecture (clkit ls models)")
+    dtype: str = opt(
+        "auto",
+        "weights' type; auto = bfloat16 where the hardware is fast at it, else float32",
+        choices=("auto", "float32", "bfloat16", "float16"),
+    )
+    lora: LoraConfig = opt(LoraConfig, "LoRA adapter")
+    prompt: str = opt(
+        "auto",
+        "how a prompt is shown to a language model: its chat template, or plain text; auto = chat if it has one",
+        choices=("auto", "chat", "plain"),
+    )
+    max_length: int = opt(
+        512, "longest example in tokens; a longer prompt loses its beginning, never the answer", min=8
+    )
+    gradient_checkpointing: bool = opt(False, "recompute activations in the backward pass to save memory")
+    freeze_backbone: bool = opt(False, "train only the classification head")
+    pooling: str = opt("mean", "how an encoder's tokens become one vector", choices=("mean", "cls"))
+    hidden: list[int] = opt([256], "widths of the hidden layers of `mlp`")
+
+
+@dataclass
+class ReplayConfig:
+    """Rehearsal of earlier tasks' examples; works under every strategy."""
+
+    size: int = opt(0, "examples in the buffer; 0 = no rehearsal", min=0)
+    policy: str = opt("reservoir", "which examples are kept", choices=("reservoir", "class-balanced", "ring"))
+    ratio: float = opt(1.0, "replayed examples per new example in a batch", above=0, max=16)
+
+
+@dataclass
+class StrategyConfig:
+    """Options that every strategy has; a strategy's own dataclass extends it."""
+
+    replay: ReplayConfig = opt(ReplayConfig, "rehearsal buffer")
+
+
+@dataclass
+class TrainConfig:
+    """How one task is learned."""
+
+    epochs: int = opt(1, "passes over a task's examples (when `steps` is 0)", min=1)
+    steps: int = opt(0, "optimiser steps per task; 0 = by epochs", min=0)
+    batch_size: int = opt(8, "new examples per optimiser step, over all processes", min=1)
+    micro_batch: int = opt(0, "examples per forward pass; 0 = the whole batch (gradients are accumulated)", min=0)
+    optimizer: str = opt("adamw", "optimiser", choices=("adamw", "adam", "sgd"))
+    learning_rate: float = opt(5e-4, "peak learning rate", above=0)
+    weight_decay: float = opt(0.0, "weight decay (decoupled for adamw)", min=0)
+    momentum: float = opt(0.9, "momentum of sgd", min=0, max=1)
+    betas: list[float] = opt([0.9, 0.999], "moment decay of adam and adamw")
+    schedule: str = opt("constant", "learning rate after the warm-up", choices=("constant", "linear", "cosine"))
+    warmup: float = opt(0.0, "part of the steps in which the learning rate rises linearly from 0", min=0, max=1)
+    schedule_scope: str = opt("task", "restart the schedule with each task, or run it once", choices=("task", "run"))
+    reset_optimizer: bool = opt(True, "forget the optimiser's moments at each new task")
+    clip: float = opt(1.0, "largest norm of the gradient; 0 = no clipping", min=0)
+    group_by_length: bool = opt(True, "put examples of similar length into one batch")
+
+
+@dataclass
+class EvalConfig:
+    """How tasks are scored."""
+
+    batch_size: int = opt(64, "most examples in one forward pass", min=1)
+    max_batch_tokens: int = opt(8192, "most tokens in one forward pass, padding included", min=64)
+    max_new_tokens: int = opt(32, "longest generated answer in tokens", min=1)
+    initial: bool = opt(True, "score the untouched model first (forward transfer needs it)")
+    every_steps: int = opt(0, "also score all seen tasks every so many steps; 0 = only after each task", min=0)
+
+
+@dataclass
+class EngineConfig:
+    """Options that every engine has."""
+
+    device: str = opt("auto", "auto (GPU if there is one), cpu, cuda or cuda:N")
+
+
+@dataclass
+class CheckpointConfig:
+    """How often the state is saved; the same command again resumes."""
+
+    every_steps: int = opt(100, "save every so many optimiser steps; 0 = only between tasks", min=0)
+    keep: int = opt(2, "how many checkpoints to keep", min=1)
+
+
+@dataclass
+class TrackingConfig:
+    """What is written down while a run goes on."""
+
+    log_every: int = opt(10, "write the loss terms to events.jsonl every so many steps", min=1)
+    progress: bool = opt(True, "progress bars, when standard error is a terminal")
+
+
+@dataclass
+class Plugin:
+    """A named plug-in (strategy, task source, engine) and its own options."""
+
+    name: str
+    config: Any
+
+
+@dataclass
+class RunConfig:
+    """One run. ``tasks``, ``strategy`` and ``engine`` are plug-ins, with the options of the one that is named."""
+
+    name: str = opt("run", "what the run is called in tables")
+    output_dir: str = opt("runs/run", "the run directory")
+    seed: int = opt(0, "seed of everything random", min=0, max=2**63 - 1)
+    model: ModelConfig = opt(ModelConfig, "model")
+    tasks: Plugin = field(default_factory=lambda: Plugin("facts", None))
+    strategy: Plugin = field(default_factory=lambda: Plugin("naive", StrategyConfig()))
+    engine: Plugin = field(default_factory=lambda: Plugin("local", EngineConfig()))
+    train: TrainConfig = opt(TrainConfig, "training")
+    eval: EvalConfig = opt(EvalConfig, "scoring")
+    checkpoint: CheckpointConfig = opt(CheckpointConfig, "checkpoints")
+    tracking: TrackingConfig = opt(TrackingConfig, "tracking")
+    compare: list[list[str]] = opt([], "lists of key=value overrides; each becomes a run of its own")

@@ -1,0 +1,168 @@
+"""The local engine: one process, CPU or GPU, autocast, gradient clipping, learning-rate schedules."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from clkit.config import EngineConfig, TrainConfig
+from clkit.engine.base import Engine
+from clkit.engine.group import local_group
+from clkit.errors import CapabilityError
+from clkit.models.base import Model
+
+
+def lr_factor(step: int, total: int, schedule: str, warmup: float) -> float:
+    """The learning rate of 0-based ``step`` of ``total``, as a fraction of the peak.
+
+    Linear rise over ``ceil(warmup * total)`` steps (the first step is not 0), then constant, or linear or half-cosine
+    decay that would reach 0 one step after the last.
+    """
+    rise = math.ceil(warmup * total)
+    if step < rise:
+        return (step + 1) / rise
+    if schedule == "constant":
+        return 1.0
+    done = min(1.0, (step - rise) / max(1, total - rise))
+    return 1.0 - done if schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
+
+
+class LocalEngine(Engine):
+    """One process."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        super().__init__(config)
+        self.group = local_group()
+        self.device = pick_device(config.device)
+        self._optimizer: torch.optim.Optimizer | None = None
+        self._autocast: AbstractContextManager[Any] = contextlib.nullcontext()
+        self._scaler: torch.amp.GradScaler | None = None
+        self._parameters: list[nn.Parameter] = []
+        self._train = TrainConfig()
+        self._total = self._done = 0
+
+    def prepare(self, model: Model) -> None:
+        """Move the module to the device; float16 gets a loss scaler, bfloat16 needs none."""
+        model.module.to(self.device)
+        dtype = getattr(model, "autocast_dtype", None)
+        if dtype is not None:
+            self._autocast = torch.autocast(self.device.type, dtype=dtype)
+        if dtype is torch.float16:
+            self._scaler = torch.amp.GradScaler(self.device.type)
+
+    def start(
+        self,
+        parameters: Sequence[nn.Parameter],
+        train: TrainConfig,
+        total_steps: int,
+        *,
+        keep_moments: bool = False,
+        keep_schedule: bool = False,
+    ) -> None:
+        """New optimiser; see the contract."""
+        old = self._optimizer.state if self._optimizer is not None and keep_moments else {}
+        self._parameters = list(parameters)
+        self._train = train
+        self._total = total_steps
+        self._done = self._done if keep_schedule else 0
+        self._optimizer = _make_optimizer(self._parameters, train)
+        if self._optimizer is not None and old:
+            self._optimizer.state.update({p: old[p] for p in self._parameters if p in old})
+        self._set_rate()
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The model's compute type."""
+        return self._autocast
+
+    def backward(self, loss: Tensor) -> None:
+        """Backward, with the loss scaled under float16."""
+        (loss if self._scaler is None else self._scaler.scale(loss)).backward()
+
+    def unscale(self) -> None:
+        """Divide the gradients by the float16 loss scale."""
+        if self._scaler is not None and self._optimizer is not None:
+            self._scaler.unscale_(self._optimizer)
+
+    def step(self) -> float | None:
+        """One update."""
+        if self._optimizer is None:
+            return None
+        norm = None
+        if self._train.clip > 0:
+            norm = float(torch.nn.utils.clip_grad_norm_(self._parameters, self._train.clip))
+        if self._scaler is not None:
+            self._scaler.step(self._optimizer)
+            self._scaler.update()
+            norm = None if norm is not None and not math.isfinite(norm) else norm  # the scaler skipped this step
+        elif norm is None or math.isfinite(norm):
+            self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        self._done += 1
+        self._set_rate()
+        return norm
+
+    def _set_rate(self) -> None:
+        train = self._train
+        if self._optimizer is None or (
+            train.schedule == "constant" and self._done > math.ceil(train.warmup * self._total)
+        ):
+            return
+        rate = train.learning_rate * lr_factor(self._done, self._total, train.schedule, train.warmup)
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
+
+    @property
+    def learning_rate(self) -> float:
+        """Rate of the next step; 0 without anything to train."""
+        return float(self._optimizer.param_groups[0]["lr"]) if self._optimizer is not None else 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the next step depends on."""
+        optimizer = self._optimizer.state_dict()["state"] if self._optimizer is not None else {}
+        scaler = self._scaler.state_dict() if self._scaler is not None else {}
+        return {"optimizer": optimizer, "done": self._done, "total": self._total, "scaler": scaler}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Put the optimiser, the schedule and the scaler back."""
+        self._done, self._total = state["done"], state["total"]
+        if self._optimizer is not None:
+            fresh = self._optimizer.state_dict()
+            self._optimizer.load_state_dict({"state": state["optimizer"], "param_groups": fresh["param_groups"]})
+        if self._scaler is not None and state["scaler"]:
+            self._scaler.load_state_dict(state["scaler"])
+        self._set_rate()
+
+
+def _make_optimizer(parameters: list[nn.Parameter], train: TrainConfig) -> torch.optim.Optimizer | None:
+    rate, decay = train.learning_rate, train.weight_decay
+    if not parameters:
+        return None
+    if train.optimizer == "sgd":
+        return torch.optim.SGD(parameters, lr=rate, momentum=train.momentum, weight_decay=decay)
+    kind = torch.optim.AdamW if train.optimizer == "adamw" else torch.optim.Adam
+    return kind(parameters, lr=rate, betas=(train.betas[0], train.betas[1]), weight_decay=decay)
+
+
+def pick_device(name: str) -> torch.device:
+    """The device a user asked for.
+
+    Raises:
+        CapabilityError: there is no such device on this machine.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise CapabilityError(f"engine.device: '{name}' is no device; use auto, cpu, cuda or cuda:N") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise CapabilityError(
+            f"engine.device: '{name}' asked for, but {torch.cuda.device_count()} GPUs are visible; use auto or cpu"
+        )
+    return device

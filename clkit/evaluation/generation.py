@@ -1,0 +1,90 @@
+"""Scores of a generated answer: exact match, format-tolerant match and ROUGE-L. Decoding is greedy."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from clkit.errors import CapabilityError, DataError, Problem
+from clkit.evaluation.base import Detail, Scorer, Scoring
+from clkit.evaluation.options import gold_option
+from clkit.metrics.text import exact_match, rouge_l, tolerant_match
+from clkit.tasks.base import TextRecord
+
+
+class Generated(Scorer):
+    """A score of the text that the model writes after the prompt, up to ``max_new_tokens`` tokens."""
+
+    kinds = frozenset({"text"})
+
+    def check(self, scoring: Scoring) -> None:
+        """The model must be able to write."""
+        if not hasattr(scoring.model, "generate"):
+            raise CapabilityError(f"metric '{self.name}' needs a language model; '{scoring.model.name}' writes no text")
+
+    def cost(self, scoring: Scoring) -> NDArray[np.int64]:
+        """Tokens of the prompt and of the longest answer allowed."""
+        encoded: Any = scoring.encoded
+        lengths = [len(encoded.prompt_ids(i)) for i in range(len(encoded))]
+        return np.array(lengths, dtype=np.int64) + scoring.options.max_new_tokens
+
+    def score(self, scoring: Scoring, indices: Sequence[int]) -> list[Detail]:
+        """One call of ``generate``."""
+        model, encoded = scoring.model, scoring.encoded
+        texts = model.generate(encoded, indices, scoring.options.max_new_tokens)  # type: ignore[attr-defined]
+        return [self.judge(encoded.records[i], text) for i, text in zip(indices, texts, strict=True)]  # type: ignore[attr-defined]
+
+    @abstractmethod
+    def judge(self, record: TextRecord, prediction: str) -> Detail:
+        """Score one answer."""
+
+
+class ExactMatch(Generated):
+    """Share of answers that equal the reference character by character, white space at the ends aside."""
+
+    name = "exact-match"
+
+    def judge(self, record: TextRecord, prediction: str) -> Detail:
+        """See :func:`clkit.metrics.text.exact_match`."""
+        right = exact_match(prediction, record.answer)
+        return Detail(record.id, float(right), prediction=prediction, gold=record.answer)
+
+
+class TolerantMatch(Generated):
+    """Share of answers that give the reference, format aside; of a record with options, that name the right one."""
+
+    name = "tolerant-match"
+
+    def check(self, scoring: Scoring) -> None:
+        """Where there are options, one of them must be right."""
+        super().check(scoring)
+        problems = [
+            Problem(f"record '{r.id}'", f"the answer {r.answer!r} is none of its options {r.options}")
+            for r in scoring.encoded.records  # type: ignore[attr-defined]
+            if r.options and gold_option(r) is None
+        ]
+        if problems:
+            raise DataError.collect(f"Task '{scoring.task.name}' can't be scored with '{self.name}':", problems)
+
+    def judge(self, record: TextRecord, prediction: str) -> Detail:
+        """See :func:`clkit.metrics.text.tolerant_match`."""
+        right = gold_option(record)
+        gold = record.answer if record.options is None or right is None else record.options[right]
+        found = tolerant_match(prediction, gold, record.options or None)
+        return Detail(record.id, float(found), prediction=prediction, gold=gold)
+
+
+class RougeL(Generated):
+    """Mean ROUGE-L F1 of answers against references; ``extra`` has precision and recall."""
+
+    name = "rouge-l"
+
+    def judge(self, record: TextRecord, prediction: str) -> Detail:
+        """See :func:`clkit.metrics.text.rouge_l`."""
+        found = rouge_l(prediction, record.answer)
+        extra = {"precision": found.precision, "recall": found.recall}
+        return Detail(record.id, found.f1, prediction=prediction, gold=record.answer, extra=extra)

@@ -1,0 +1,225 @@
+"""Data order: epochs cut into batches of similar length, rehearsal mixed in, resumable at any step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from clkit.config import TrainConfig
+from clkit.memory import Buffer
+from clkit.models.base import Model
+from clkit.rng import fresh_generator
+from clkit.tasks.base import LabelledExamples, Task, TaskSequence, TextExamples
+from clkit.tasks.batch import Batch, Encoded, count_targets
+
+# Sorting windows of this many batches by length keeps padding low while batches still differ from epoch to epoch.
+_WINDOW = 32
+
+
+class Encodings:
+    """The training examples of each task in the model's form, encoded on first use and kept."""
+
+    def __init__(self, model: Model, tasks: TaskSequence) -> None:
+        self._model = model
+        self._tasks = tasks
+        self._train: dict[int, Encoded] = {}
+        self._eval: dict[str, Encoded] = {}
+        self._classes: dict[int, Tensor] = {}
+
+    def train(self, index: int) -> Encoded:
+        """Training examples of task ``index``."""
+        if index not in self._train:
+            self._train[index] = self._model.encode(self._tasks[index].train)
+        return self._train[index]
+
+    def eval(self, task: Task) -> Encoded:
+        """Evaluation examples of a task."""
+        if task.name not in self._eval:
+            self._eval[task.name] = self._model.encode(task.eval)
+        return self._eval[task.name]
+
+    def classes(self, index: int) -> Tensor:
+        """(N,) the class of each training example, for class-balanced buffers; the task's index without classes."""
+        if index not in self._classes:
+            examples = self._tasks[index].train
+            if isinstance(examples, LabelledExamples):
+                self._classes[index] = examples.labels
+            elif isinstance(examples, TextExamples) and all(r.label is not None for r in examples.records):
+                names = sorted({f"{r.label}" for r in examples.records})
+                # Classes of different tasks are different; 2**20 leaves room for a million classes per task.
+                labels = [names.index(f"{r.label}") + (index << 20) for r in examples.records]
+                self._classes[index] = torch.tensor(labels, dtype=torch.long)
+            else:
+                self._classes[index] = torch.full((len(examples),), index << 20, dtype=torch.long)
+        return self._classes[index]
+
+
+class Pool(Encoded):
+    """Several encoded sets as one; the position of example ``i`` of part ``p`` is ``offsets[p] + i``."""
+
+    def __init__(self, parts: Sequence[Encoded]) -> None:
+        self.parts = list(parts)
+        self.offsets = np.cumsum([0, *(len(p) for p in self.parts)])
+        known = [p.lengths for p in self.parts if p.lengths is not None]
+        self.lengths = np.concatenate(known) if len(known) == len(self.parts) else None
+        self._ids: list[str] | None = None
+
+    @property
+    def ids(self) -> Sequence[str]:  # type: ignore[override]
+        """Record ids of all parts."""
+        if self._ids is None:
+            self._ids = [i for p in self.parts for i in p.ids]
+        return self._ids
+
+    def __len__(self) -> int:
+        return int(self.offsets[-1])
+
+    def batch(self, indices: Tensor) -> Batch:
+        """Collate rows of any parts, in the order given."""
+        if len(self.parts) == 1:
+            return replace(self.parts[0].batch(indices), source=self)
+        part = np.searchsorted(self.offsets, indices.numpy(), side="right") - 1
+        found = [(torch.from_numpy(np.flatnonzero(part == p)), int(p)) for p in np.unique(part)]
+        pieces = [self.parts[p].batch(indices[rows] - int(self.offsets[p])) for rows, p in found]
+        order = torch.cat([rows for rows, _ in found]).argsort()
+        width = max(piece.labels.shape[1] if piece.labels.dim() == 2 else 0 for piece in pieces)
+        inputs = {
+            name: torch.cat([_pad(piece.inputs[name], width, 0) for piece in pieces])[order]
+            for name in pieces[0].inputs
+        }
+        labels = torch.cat([_pad(piece.labels, width, -100) for piece in pieces])[order]
+        return Batch(inputs, labels, count_targets(labels), indices, self)
+
+
+def _pad(value: Tensor, width: int, fill: int) -> Tensor:
+    """Pad token tensors (B, T) on the right to ``width``; tensors without a token axis come with width 0."""
+    if not width or value.dim() < 2 or value.shape[1] == width:
+        return value
+    return torch.nn.functional.pad(value, (0, width - value.shape[1]), value=fill)
+
+
+def split_batch(batch: Batch, size: int) -> list[Batch]:
+    """Cut a batch into micro-batches of at most ``size`` rows, each collated on its own (less padding)."""
+    if not size or len(batch) <= size:
+        return [batch]
+    cuts = range(0, len(batch), size)
+    parts = []
+    for start in cuts:
+        part = batch.source.batch(batch.indices[start : start + size])
+        part.replayed = None if batch.replayed is None else batch.replayed[start : start + size]
+        parts.append(part)
+    return parts
+
+
+def epoch_order(
+    count: int, batch_size: int, generator: torch.Generator, lengths: np.ndarray | None = None
+) -> list[Tensor]:
+    """Cut a random order of ``count`` examples into batches.
+
+    With ``lengths``, examples are shuffled, sorted by length within windows of 32 batches, cut, and the batches
+    shuffled: rows of one batch have similar lengths and little is wasted on padding.
+
+    Returns:
+        LongTensors of ``batch_size`` positions each (the last may be shorter); every example occurs once.
+    """
+    order = torch.randperm(count, generator=generator)
+    if lengths is None:
+        return list(order.split(batch_size))
+    keys = torch.from_numpy(lengths)
+    window = batch_size * _WINDOW
+    batches: list[Tensor] = []
+    for chunk in order.split(window):
+        batches += chunk[keys[chunk].argsort(stable=True)].split(batch_size)
+    return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
+
+
+def steps_in_stage(count: int, train: TrainConfig) -> int:
+    """Optimiser steps for ``count`` new examples."""
+    return train.steps or train.epochs * -(-count // train.batch_size)
+
+
+class StepLoader:
+    """Batches of one stage, one per optimiser step, from step ``start`` on.
+
+    The order of an epoch is a function of (seed, stage, epoch), so a position is enough to resume. Rehearsed examples
+    are drawn before the new ones of the same step enter the buffer, and every new example is offered to the buffer once, in
+    the first epoch. Nothing is drawn ahead of the step that is asked for, so buffer and generators are exact at every step.
+    """
+
+    def __init__(
+        self,
+        encodings: Encodings,
+        tasks: Sequence[int],
+        train: TrainConfig,
+        *,
+        seed: int,
+        stage: int,
+        start: int,
+        buffer: Buffer | None,
+        ratio: float,
+        draws: torch.Generator,
+        keeps: torch.Generator,
+    ) -> None:
+        self._encodings = encodings
+        self._tasks = list(tasks)
+        self._train = train
+        self._seed, self._stage, self._start = seed, stage, start
+        self._buffer, self._ratio = buffer, ratio
+        self._draws, self._keeps = draws, keeps
+        self._new = Pool([encodings.train(t) for t in self._tasks])
+
+    def __len__(self) -> int:
+        return steps_in_stage(len(self._new), self._train) - self._start
+
+    def _order(self, epoch: int) -> list[Tensor]:
+        lengths = self._new.lengths if self._train.group_by_length else None
+        generator = fresh_generator(self._seed, "order", self._stage, epoch)
+        return epoch_order(len(self._new), self._train.batch_size, generator, lengths)
+
+    def __iter__(self) -> Iterator[Batch]:
+        total = steps_in_stage(len(self._new), self._train)
+        per_epoch = -(-len(self._new) // self._train.batch_size)
+        source, lookup = self._new, {}
+        if self._buffer is not None:
+            past = [t for t in range(self._stage) if t not in self._tasks]
+            source = Pool([*self._new.parts, *(self._encodings.train(t) for t in past)])
+            lookup = {t: int(source.offsets[p]) for p, t in enumerate([*self._tasks, *past])}
+        epoch, order = -1, []
+        for step in range(self._start, total):
+            if step // per_epoch != epoch:
+                epoch = step // per_epoch
+                order = self._order(epoch)
+            new = order[step % per_epoch]
+            if self._buffer is None:
+                yield source.batch(new)
+                continue
+            old = self._draw(self._buffer, len(new), lookup)
+            batch = source.batch(torch.cat([new, old]) if len(old) else new)
+            if len(old):
+                batch.replayed = torch.arange(len(batch)) >= len(new)
+            if epoch == 0:
+                self._offer(self._buffer, new)
+            yield batch
+
+    def _draw(self, buffer: Buffer, count: int, lookup: dict[int, int]) -> Tensor:
+        """Positions in the pool of rehearsed examples of *earlier* stages."""
+        if self._stage == 0 or not len(buffer):
+            return torch.empty(0, dtype=torch.long)
+        refs = buffer.sample(round(count * self._ratio), self._draws, exclude_tasks=frozenset(self._tasks))
+        return torch.tensor([lookup[r.task] + r.index for r in refs], dtype=torch.long)
+
+    def _offer(self, buffer: Buffer, new: Tensor) -> None:
+        part = np.searchsorted(self._new.offsets, new.numpy(), side="right") - 1
+        tasks = [self._tasks[p] for p in part.tolist()]
+        rows = (new - torch.from_numpy(self._new.offsets[part])).tolist()
+        buffer.add(
+            [
+                buffer.ref(t, i, int(self._encodings.classes(t)[i]), self._encodings.train(t).ids[i])
+                for t, i in zip(tasks, rows, strict=True)
+            ],
+            self._keeps,
+        )

@@ -1,0 +1,94 @@
+"""Buffers that give every class (or task, where records have no class) an equal share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from clkit.memory.base import Buffer, Ref
+from clkit.memory.reservoir import reservoir_slot
+
+
+class _GroupedBuffer(Buffer):
+    """References by group - a class, or a task without classes -, in the order in which groups and records came."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__(size)
+        self._groups: dict[str, list[Ref]] = {}
+
+    @staticmethod
+    def _group_of(ref: Ref) -> str:
+        return f"task {ref.task}" if ref.label is None else f"class {ref.label}"
+
+    def _held(self) -> list[Ref]:
+        return [ref for group in self._groups.values() for ref in group]
+
+    def _extra(self) -> dict[str, Any]:
+        return {"groups": list(self._groups)}  # also those that hold nothing now: their order matters
+
+    def _restore(self, refs: list[Ref], extra: dict[str, Any]) -> None:
+        self._groups = {name: [] for name in extra["groups"]}
+        for ref in refs:
+            self._groups[self._group_of(ref)].append(ref)
+
+
+class BalancedBuffer(_GroupedBuffer):
+    """Shares as equal as the stream allows, and inside each group a uniform sample of its records.
+
+    Class-balancing reservoir sampling (Chrysakis and Moens, 2020): while there is room everything is kept. Then a
+    record of a group that has never been among the largest replaces a random record of a largest group; a record of
+    any other group goes through that group's own reservoir. So a rare class keeps all, and the others share the rest.
+    """
+
+    policy = "class-balanced"
+
+    def __init__(self, size: int) -> None:
+        super().__init__(size)
+        self._counts: dict[str, int] = {}  # records offered, by group
+        self._full: set[str] = set()  # groups that have been a largest one of a full buffer
+        self._total = 0
+
+    def _offer(self, ref: Ref, draw: float) -> None:
+        name = self._group_of(ref)
+        group = self._groups.setdefault(name, [])
+        seen = self._counts.get(name, 0)
+        self._counts[name] = seen + 1
+        if self._total < self.size:
+            self._total += 1
+        elif name in self._full:
+            slot = reservoir_slot(seen, len(group), draw)
+            if slot is not None:
+                group[slot] = ref
+            return
+        else:
+            victim = max(self._groups.values(), key=len)
+            victim.pop(int(draw * len(victim)))
+        group.append(ref)
+        if self._total == self.size:
+            largest = max(map(len, self._groups.values()))
+            self._full.update(n for n, held in self._groups.items() if len(held) == largest)
+
+    def _extra(self) -> dict[str, Any]:
+        return {**super()._extra(), "counts": self._counts, "full": sorted(self._full)}
+
+    def _restore(self, refs: list[Ref], extra: dict[str, Any]) -> None:
+        super()._restore(refs, extra)
+        self._counts, self._full, self._total = dict(extra["counts"]), set(extra["full"]), len(refs)
+
+
+class RingBuffer(_GroupedBuffer):
+    """The newest records of each group: ``size`` divided by the number of groups seen so far, first in, first out.
+
+    What does not divide goes to the groups that came first. When a new group comes, the others give up their oldest
+    records. With more groups than ``size``, the last ones have no place.
+    """
+
+    policy = "ring"
+
+    def _offer(self, ref: Ref, draw: float) -> None:
+        name = self._group_of(ref)
+        is_new = name not in self._groups
+        self._groups.setdefault(name, []).append(ref)
+        share, rest = divmod(self.size, len(self._groups))
+        for number, (other, held) in enumerate(self._groups.items()):
+            if is_new or other == name:
+                del held[: max(0, len(held) - share - (number < rest))]

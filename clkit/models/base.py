@@ -1,0 +1,57 @@
+"""The contract of a model: how tasks become batches, and batches logits and a loss."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from clkit.tasks.base import Examples, Kind
+from clkit.tasks.batch import Batch, Encoded
+
+
+class Model(ABC):
+    """A module and what is needed to feed and save it.
+
+    Attributes:
+        name: as the user gave it.
+        module: the network; a strategy may wrap or replace parts of it.
+        provenance: JSON for the run directory: where the weights come from and their SHA-256.
+        kinds: the kinds of task it can learn.
+    """
+
+    kinds: ClassVar[frozenset[Kind]]
+
+    def __init__(self, name: str, module: nn.Module, provenance: Mapping[str, Any] | None = None) -> None:
+        self.name = name
+        self.module = module
+        self.provenance: dict[str, Any] = dict(provenance or {})
+
+    @property
+    def device(self) -> torch.device:
+        """Where the module's parameters are."""
+        return next(self.module.parameters()).device
+
+    @abstractmethod
+    def encode(self, examples: Examples) -> Encoded:
+        """Turn examples into the model's own form, once.
+
+        Raises:
+            DataError: the examples are of a kind that this model can't read, or a record does not fit.
+        """
+
+    @abstractmethod
+    def logits(self, batch: Batch) -> Tensor:
+        """Run the module: (B, num_classes), or (B, P, vocabulary) at the P positions that predict a target."""
+
+    @abstractmethod
+    def loss(self, batch: Batch, logits: Tensor | None = None) -> Tensor:
+        """Mean cross entropy over the batch's targets, computed in float32."""
+
+    @abstractmethod
+    def export(self, directory: Path) -> str:
+        """Write what a user takes away; return the Python snippet that loads it."""

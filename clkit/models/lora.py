@@ -1,0 +1,83 @@
+"""LoRA adapters (Hu et al. 2022) through peft: checked before, and drawn from our own generator."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from clkit.config import LoraConfig
+from clkit.errors import ModelError, Problem, did_you_mean
+from clkit.models.noise import routed
+from clkit.models.seeding import seeded
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+
+def attach_lora(
+    module: nn.Module, config: LoraConfig, generator: torch.Generator, task_type: str | None = "CAUSAL_LM"
+) -> PeftModel:
+    """Freeze ``module`` and add a LoRA adapter to it.
+
+    Args:
+        module: a transformers model; changed in place.
+        config: with ``r`` above 0.
+        generator: draws the adapter's A matrices (B is zero, so the function does not change).
+        task_type: peft's, None for an encoder.
+
+    Returns:
+        The wrapped model. Adapter weights are float32 whatever the base model's type.
+
+    Raises:
+        ModelError: a target module does not exist, or the rank exceeds the smallest adapted matrix.
+    """
+    from peft import LoraConfig as PeftConfig
+    from peft import get_peft_model
+
+    _check(module, config)
+    alpha: Any = config.alpha  # annotated as an integer there; any number works
+    targets: Any = "all-linear" if "all-linear" in config.target_modules else list(config.target_modules)
+    adapter = PeftConfig(
+        r=config.r,
+        lora_alpha=alpha,
+        lora_dropout=config.dropout,
+        target_modules=targets,
+        task_type=task_type,
+    )
+    # The module of an encoder is on "meta" in estimates: parameters made for it must be there too.
+    with seeded(generator), routed(), torch.device(next(module.parameters()).device):
+        return get_peft_model(module, adapter)  # type: ignore[arg-type]
+
+
+def _check(module: nn.Module, config: LoraConfig) -> None:
+    linear = {name: m for name, m in module.named_modules() if isinstance(m, nn.Linear)}
+    problems: list[Problem] = []
+    head = getattr(module, "get_output_embeddings", lambda: None)()
+    if "all-linear" in config.target_modules:
+        # peft leaves out the output layer.
+        adapted = {name: m for name, m in linear.items() if m is not head}
+    else:
+        known = sorted({name.rpartition(".")[2] for name in linear})
+        adapted = {}
+        for target in config.target_modules:
+            found = {n: m for n, m in linear.items() if n == target or n.endswith(f".{target}")}
+            if not found:
+                near = did_you_mean(target, known)
+                text = f"no linear layer is called '{target}'.{near} There are: {', '.join(known)}"
+                problems.append(Problem("model.lora.target_modules", text))
+            adapted |= found
+    if adapted:
+        name, smallest = min(((n, min(m.weight.shape)) for n, m in adapted.items()), key=lambda x: x[1])
+        if config.r > smallest:
+            text = f"got {config.r}, expected at most {smallest} (the smaller side of '{name}')"
+            problems.append(Problem("model.lora.r", text))
+    if problems:
+        raise ModelError.collect("The LoRA adapter does not fit the model:", problems)
+
+
+def base_model(module: nn.Module) -> nn.Module:
+    """The transformers model inside a peft wrapper, or the module itself."""
+    inner = getattr(module, "get_base_model", None)
+    return inner() if callable(inner) else module

@@ -1,0 +1,127 @@
+"""Prompts and answers as tokens: templates, separators, where the answer starts, what is cut when it is too long."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from clkit.errors import ModelError
+
+_SENTINEL = "clkit0prompt0goes0here"
+
+
+@dataclass(slots=True)
+class Tokens:
+    """A prompt and an answer, tokenised together.
+
+    Attributes:
+        ids: all tokens, without EOS.
+        answer: index of the answer's first token.
+        head: how many tokens come before the user's own text (BOS, the template's opening); never cut.
+        tail: how many tokens stand between the user's text and the answer (the template's closing); never cut.
+    """
+
+    ids: list[int]
+    answer: int
+    head: int
+    tail: int
+
+    def prompt(self, room: int) -> list[int]:
+        """The prompt in at most ``room`` tokens: the beginning of the user's text is cut, the template stays.
+
+        ``room`` must be at least ``head + tail``.
+        """
+        excess = max(self.answer - room, 0)
+        return self.ids[: self.head] + self.ids[self.head + excess : self.answer]
+
+
+class PromptFormat:
+    """How prompts are shown to a language model.
+
+    Args:
+        tokenizer: a fast transformers tokenizer.
+        style: ``chat`` (the prompt is a user message in the chat template), ``plain`` (the prompt itself), or ``auto``
+            (chat where the tokenizer has a template).
+
+    Raises:
+        ModelError: ``chat`` without a template, or a tokenizer without EOS.
+    """
+
+    def __init__(self, tokenizer: Any, style: str) -> None:
+        if style == "chat" and not tokenizer.chat_template:
+            raise ModelError(
+                "`model.prompt` is 'chat', but the tokenizer has no chat template; take 'plain' or 'auto'."
+            )
+        if tokenizer.eos_token_id is None:
+            raise ModelError("The tokenizer has no end-of-sequence token, so an answer would have no end.")
+        self.tokenizer = tokenizer
+        self.chat = style == "chat" or (style == "auto" and bool(tokenizer.chat_template))
+        self.eos: int = tokenizer.eos_token_id
+        self._bos: list[int] = [] if self.chat else self._leading_special_tokens()
+        self._head, self._tail = self._template_parts() if self.chat else ("", "")
+
+    def _leading_special_tokens(self) -> list[int]:
+        """What the tokenizer puts before plain text (BOS or nothing); a chat template writes its own."""
+        bare = self.tokenizer("a", add_special_tokens=False).input_ids
+        full = self.tokenizer("a").input_ids
+        for k in range(len(full) - len(bare) + 1):
+            if full[k : k + len(bare)] == bare:
+                return list(full[:k])
+        return []
+
+    def _template_parts(self) -> tuple[str, str]:
+        """The template's text before and after the user's message; empty where it changes the message."""
+        before, found, after = self.render([_SENTINEL])[0].partition(_SENTINEL)
+        return (before, after) if found else ("", "")
+
+    def render(self, prompts: Sequence[str]) -> list[str]:
+        """The text that comes before the answer, for each prompt."""
+        if not self.chat:
+            return list(prompts)
+        chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
+        return list(self.tokenizer.apply_chat_template(chats, add_generation_prompt=True, tokenize=False))
+
+    def separator(self, context: str, answer: str) -> str:
+        """One space between a plain prompt and its answer, unless either brings white space."""
+        spaced = not context or context[-1].isspace() or answer[:1].isspace()
+        return "" if self.chat or spaced else " "
+
+    def tokenise(self, contexts: Sequence[str], answers: Sequence[str]) -> list[Tokens]:
+        """Tokenise each rendered context together with its answer, in one call.
+
+        A token belongs to the answer when it ends after the answer's first character begins: a token that spans the
+        separator and the answer (" Paris") does.
+        """
+        if not contexts:
+            return []
+        starts, texts = [], []
+        for context, answer in zip(contexts, answers, strict=True):
+            separator = self.separator(context, answer)
+            starts.append(len(context) + len(separator))
+            texts.append(context + separator + answer)
+        encoded = self.tokenizer(
+            texts,
+            add_special_tokens=False,
+            return_offsets_mapping=True,
+            return_attention_mask=False,
+            verbose=False,
+        )
+        result = []
+        for context, start, ids, offsets in zip(
+            contexts, starts, encoded["input_ids"], encoded["offset_mapping"], strict=True
+        ):
+            begins, ends = np.asarray(offsets, dtype=np.int64).reshape(-1, 2).T
+            # The first such token and all that follow: byte-level tokenizers may give several tokens one offset.
+            answer_at = int(np.append(ends > start, True).argmax())
+            head = int((ends[:answer_at] <= len(self._head)).sum()) if self._head else 0
+            tail = int((begins[head:answer_at] >= len(context) - len(self._tail)).sum()) if self._tail else 0
+            extra = len(self._bos)
+            result.append(Tokens(self._bos + list(ids), answer_at + extra, head + extra, tail))
+        return result
+
+    def tokenise_alone(self, text: str) -> list[int]:
+        """Tokens of a piece of text, without special tokens."""
+        return list(self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids)

@@ -1,0 +1,41 @@
+"""Let a module compute in another way for a while: in evaluation mode, or with other tensors."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+
+from torch import Tensor, nn
+
+
+@contextlib.contextmanager
+def evaluating(module: nn.Module) -> Iterator[nn.Module]:
+    """Within the context the module is in evaluation mode; afterwards every part of it is in the mode it was in."""
+    training = [m for m in module.modules() if m.training]
+    module.eval()
+    try:
+        yield module
+    finally:
+        for m in training:
+            m.training = True
+
+
+@contextlib.contextmanager
+def swapped(module: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[nn.Module]:
+    """Within the context the parameters and buffers called as in ``tensors`` have those values, without a copy.
+
+    Do not run a backward pass of a graph that was built outside while inside, or the other way round. Buffers that the
+    module updates in place (batch-norm statistics in training mode) change in ``tensors``; use evaluation mode.
+
+    Raises:
+        KeyError: the module has no parameter or buffer of a name.
+    """
+    own = dict(module.named_parameters()) | dict(module.named_buffers())
+    kept = {name: own[name].data for name in tensors}
+    try:
+        for name, value in tensors.items():
+            own[name].data = value.to(own[name].device)
+        yield module
+    finally:
+        for name, value in kept.items():
+            own[name].data = value

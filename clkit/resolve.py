@@ -1,0 +1,289 @@
+"""From YAML and key=value overrides to a RunConfig: every problem found at once, before anything is loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from clkit.config import Plugin, RunConfig
+from clkit.engine import ENGINES
+from clkit.errors import ConfigError, Problem, did_you_mean
+from clkit.listing import shipped
+from clkit.registry import STRATEGIES, Registry
+from clkit.tasks import SOURCES
+
+# Sections whose options depend on a plug-in: which key names it, and where plug-ins are registered.
+_PLUGINS: dict[str, tuple[str, Registry[Any], str]] = {
+    "tasks": ("source", SOURCES, "facts"),
+    "strategy": ("name", STRATEGIES, "naive"),
+    "engine": ("name", ENGINES, "local"),
+}
+_SHORT = {section: key for section, (key, _, _) in _PLUGINS.items()} | {"model": "name"}
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a YAML file, apply ``key=value`` overrides, validate.
+
+    Raises:
+        ConfigError: one error with all problems, as ``file:key: problem``.
+    """
+    return validate(read(path, overrides), origin=str(path), overridden=[o.partition("=")[0] for o in overrides])
+
+
+def read(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The plain content of a configuration file with overrides applied and interpolations resolved."""
+    return merge(read_file(find(path)), overrides, origin=str(path))
+
+
+def find(path: str | Path) -> Path:
+    """A file as given, or the configuration of that name that is shipped with clkit.
+
+    Raises:
+        ConfigError: there is neither.
+    """
+    path = Path(path)
+    if path.is_file():
+        return path
+    known = shipped()
+    if path.name.removesuffix(".yaml") in known and path.parent in (Path(), Path("configs")):
+        return known[path.name.removesuffix(".yaml")]
+    raise ConfigError(
+        f"{path}: no such file, and no configuration of that name is shipped."
+        f"{did_you_mean(path.name, known)} Shipped: {', '.join(known)} (clkit ls configs)."
+    )
+
+
+def read_file(path: Path) -> dict[str, Any]:
+    """Parse YAML; a mistake in it is reported with its line."""
+    try:
+        content = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}:{mark.line + 1}" if mark is not None else str(path)
+        raise ConfigError(f"{where}: not valid YAML ({getattr(error, 'problem', error)})") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: can't be read ({error})") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: must be a mapping of sections (got {type(content).__name__})")
+    return typing.cast(dict[str, Any], content)
+
+
+def merge(content: Mapping[str, Any], overrides: Sequence[str], origin: str = "") -> dict[str, Any]:
+    """Apply overrides in order; ``section=name`` replaces a whole section by that plug-in with its defaults.
+
+    Raises:
+        ConfigError: an override is not key=value, or an interpolation can't be resolved.
+    """
+    config = OmegaConf.create({k: _expand(k, v) for k, v in content.items()})
+    problems = []
+    for override in overrides:
+        key, equals, _ = override.partition("=")
+        if not equals or not key:
+            problems.append(
+                Problem("command line", f"'{override}' is not an override (expected key=value, such as train.epochs=3)")
+            )
+            continue
+        try:
+            value = OmegaConf.from_dotlist([override])
+            if key in _SHORT:
+                config[key] = _expand(key, OmegaConf.to_container(value)[key])  # type: ignore[index, call-overload]
+            else:
+                config = typing.cast(Any, OmegaConf.merge(config, value))
+        except (OmegaConfBaseException, yaml.YAMLError, ValueError, TypeError) as error:
+            problems.append(Problem(f"command line:{key}", f"can't be applied ({str(error).splitlines()[0]})"))
+    if problems:
+        raise ConfigError.collect("The overrides are not usable:", problems)
+    try:
+        return typing.cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{origin}:{getattr(error, 'full_key', '') or ''}: {str(error).splitlines()[0]}") from error
+
+
+def _expand(section: str, value: Any) -> Any:
+    """``strategy: naive`` stands for ``strategy: {name: naive}``."""
+    return {_SHORT[section]: value} if section in _SHORT and isinstance(value, str) else value
+
+
+def validate(content: Mapping[str, Any], origin: str = "config", overridden: Iterable[str] = ()) -> RunConfig:
+    """Check plain content against the schema and every plug-in's own, and build the RunConfig.
+
+    Raises:
+        ConfigError: one error with all problems.
+    """
+    problems: list[Problem] = []
+    content = {k: _expand(k, v) for k, v in content.items()}
+    plain = {k: v for k, v in content.items() if k not in _PLUGINS}
+    config = _fill(RunConfig, plain, "", problems, skip=_PLUGINS)
+    for section, (key, registry, default) in _PLUGINS.items():
+        plugin = _plugin(section, content.get(section), key, registry, default, problems)
+        if plugin is not None:
+            setattr(config, section, plugin)
+    if not problems:
+        problems += _cross_checks(config)
+    if problems:
+        over = set(overridden)
+        located = [Problem(f"{'command line' if p.where in over else origin}:{p.where}", p.what) for p in problems]
+        count = f"{len(located)} problem{'s' if len(located) > 1 else ''}"
+        raise ConfigError.collect(f"The configuration has {count}:", located)
+    return config
+
+
+def _plugin(
+    section: str, raw: Any, key: str, registry: Registry[Any], default: str, problems: list[Problem]
+) -> Plugin | None:
+    if raw is None:
+        raw = {}
+    if not isinstance(raw, Mapping):
+        problems.append(Problem(section, f"got {raw!r}, expected a mapping with '{key}' and its options"))
+        return None
+    name = raw.get(key, default)
+    if not isinstance(name, str) or name not in registry:
+        problems.append(Problem(f"{section}.{key}", registry.unknown(str(name))))
+        return None
+    try:
+        target = registry.get(name)
+    except ConfigError as error:
+        problems.append(Problem(f"{section}.{key}", str(error)))
+        return None
+    options = {k: v for k, v in raw.items() if k != key}
+    before = len(problems)
+    filled = _fill(target.config_class, options, f"{section}.", problems, extra=(key,))
+    if len(problems) == before and hasattr(target, "check"):
+        problems += target.check(filled)
+    return Plugin(name, filled)
+
+
+def _fill(
+    cls: type,
+    raw: Mapping[Any, Any],
+    prefix: str,
+    problems: list[Problem],
+    skip: Iterable[str] = (),
+    extra: tuple[str, ...] = (),
+    base: Any = None,
+) -> Any:
+    """Build ``cls`` (or change a copy of ``base``) from plain values; what does not fit becomes a problem."""
+    base = cls() if base is None else base
+    fields = {f.name: f for f in dataclasses.fields(cls) if f.name not in skip}
+    hints = typing.get_type_hints(cls)
+    values: dict[str, Any] = {}
+    node = OmegaConf.structured(_leaves(cls, fields, hints))
+    for key, value in raw.items():
+        where = f"{prefix}{key}"
+        if key not in fields:
+            known = [*extra, *fields, *skip]
+            problems.append(
+                Problem(where, f"unknown key.{did_you_mean(str(key), known)} Known here: {', '.join(known)}")
+            )
+        elif dataclasses.is_dataclass(hints[key]):
+            if isinstance(value, Mapping):
+                values[key] = _fill(
+                    typing.cast(type, hints[key]), value, f"{where}.", problems, base=getattr(base, key)
+                )
+            else:
+                problems.append(Problem(where, f"got {value!r}, expected a mapping of options"))
+        else:
+            try:
+                node[key] = _widen(value, hints[key])
+                values[key] = _plain(node[key])
+            except (OmegaConfBaseException, ValueError, TypeError):
+                problems.append(Problem(where, f"wrong type (got {value!r}, expected {_type_name(hints[key])})"))
+                continue
+            if wrong := _out_of_range(values[key], fields[key].metadata):
+                problems.append(Problem(where, f"out of range (got {value!r}, expected {wrong})"))
+    return dataclasses.replace(base, **values)
+
+
+def _leaves(cls: type, fields: Mapping[str, Any], hints: Mapping[str, Any]) -> type:
+    """A dataclass with only the plain fields of ``cls``, which is what OmegaConf types and converts."""
+    plain = [
+        (n, hints[n], dataclasses.field(default=f.default, default_factory=f.default_factory))  # type: ignore[call-overload]
+        if f.default is dataclasses.MISSING
+        else (n, hints[n], dataclasses.field(default=f.default))
+        for n, f in fields.items()
+        if not dataclasses.is_dataclass(hints[n])
+    ]
+    return dataclasses.make_dataclass(f"{cls.__name__}Leaves", plain)
+
+
+def _widen(value: Any, hint: Any) -> Any:
+    """Whole numbers where a float is expected: 1 is a fine learning rate."""
+    if isinstance(value, list):
+        return [_widen(v, *typing.get_args(hint)[:1] or (None,)) for v in value]
+    return float(value) if hint is float and isinstance(value, int) and not isinstance(value, bool) else value
+
+
+def _plain(value: Any) -> Any:
+    return OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+
+
+def _type_name(hint: Any) -> str:
+    return hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint).replace("typing.", "")
+
+
+def _out_of_range(value: Any, meta: Mapping[str, Any]) -> str:
+    """What was expected, or an empty string when the value is in range."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        low, high, above = meta.get("min"), meta.get("max"), meta.get("above")
+        if (low is not None or high is not None or above is not None) and not (
+            math.isfinite(value)
+            and (low is None or value >= low)
+            and (high is None or value <= high)
+            and (above is None or value > above)
+        ):
+            bounds = [
+                f">= {low}" if low is not None else "",
+                f"> {above}" if above is not None else "",
+                f"<= {high}" if high is not None else "",
+            ]
+            return " and ".join(b for b in bounds if b)
+    choices = meta.get("choices")
+    wrong = [v for v in (value if isinstance(value, list) else [value]) if choices and v not in choices]
+    if wrong:
+        return f"one of {', '.join(choices)}.{did_you_mean(str(wrong[0]), choices)}"
+    return ""
+
+
+def _cross_checks(config: RunConfig) -> list[Problem]:
+    """Problems between sections."""
+    from clkit.models import check as check_model
+
+    problems = [
+        Problem(p.where if p.where.startswith("model") else f"model.{p.where}", p.what)
+        for p in check_model(config.model)
+    ]
+    abilities = STRATEGIES.get(config.strategy.name).capabilities
+    if config.engine.name not in abilities.engines:
+        engines = ", ".join(sorted(abilities.engines))
+        problems.append(
+            Problem(
+                "engine.name",
+                f"strategy '{config.strategy.name}' does not run on '{config.engine.name}' (expected {engines})",
+            )
+        )
+    if abilities.needs_lora and config.model.lora.r == 0:
+        problems.append(
+            Problem("model.lora.r", f"strategy '{config.strategy.name}' needs a LoRA adapter (got 0, expected >= 1)")
+        )
+    if len(config.train.betas) != 2 or not all(0 <= b < 1 for b in config.train.betas):
+        problems.append(Problem("train.betas", f"got {config.train.betas}, expected two numbers in [0, 1)"))
+    for i, overrides in enumerate(config.compare):
+        problems += [Problem(f"compare[{i}]", f"got {o!r}, expected key=value") for o in overrides if "=" not in o]
+    return problems
+
+
+def to_dict(config: RunConfig) -> dict[str, Any]:
+    """The resolved configuration as plain data, every default written out; :func:`validate` reads it back."""
+    plain = dataclasses.asdict(dataclasses.replace(config, **dict.fromkeys(_PLUGINS)))
+    for section, (key, _, _) in _PLUGINS.items():
+        plugin: Plugin = getattr(config, section)
+        plain[section] = {key: plugin.name, **(dataclasses.asdict(plugin.config) if plugin.config is not None else {})}
+    return plain

@@ -1,0 +1,134 @@
+"""RunResult: what a run learned and forgot, as numbers, as files and as text."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from clkit.errors import CheckpointError
+from clkit.metrics.continual import DEFINITIONS, label
+from clkit.rundir import RunDirectory
+
+
+@dataclass
+class RunResult:
+    """The outcome of one run.
+
+    Attributes:
+        matrix: (T, T + H) scores; row i after learning task i, columns tasks then holdout tasks; NaN = not measured.
+        initial: (T + H,) scores of the untouched model.
+        metrics: see :func:`clkit.metrics.continual.summarize`.
+        task_metrics: which score fills each column.
+        snippet: Python that loads what was exported.
+    """
+
+    name: str
+    tasks: list[str]
+    holdout: list[str]
+    task_metrics: list[str]
+    matrix: NDArray[np.float64]
+    initial: NDArray[np.float64]
+    metrics: dict[str, Any]
+    higher_is_better: list[bool] = field(default_factory=list)
+    run_dir: Path | None = None
+    snippet: str = ""
+
+    def save(self, directory: RunDirectory) -> None:
+        """Write ``matrix.json`` and ``metrics.json``."""
+        directory.write(
+            "matrix.json",
+            {
+                "name": self.name,
+                "tasks": self.tasks,
+                "holdout": self.holdout,
+                "task_metrics": self.task_metrics,
+                "higher_is_better": self.higher_is_better,
+                "matrix": self.matrix.tolist(),
+                "initial": self.initial.tolist(),
+                "snippet": self.snippet,
+            },
+        )
+        directory.write(
+            "metrics.json", self.metrics | {"definitions": {k: label(k) for k in DEFINITIONS if k in self.metrics}}
+        )
+
+    @classmethod
+    def load(cls, run_dir: str | Path) -> RunResult:
+        """Read the result of a finished run.
+
+        Raises:
+            CheckpointError: there is no finished run in ``run_dir``.
+        """
+        directory = RunDirectory(run_dir)
+        saved, metrics = directory.read("matrix.json"), directory.read("metrics.json")
+        if saved is None or metrics is None:
+            state = (directory.read("status.json") or {}).get("state", "no run")
+            raise CheckpointError(
+                f"{run_dir}: no finished run here (found: {state}). Run the same command again to finish it."
+            )
+        metrics.pop("definitions", None)
+        matrix, initial = (np.array(_nan(saved.pop(key)), dtype=float) for key in ("matrix", "initial"))
+        return cls(matrix=matrix, initial=initial, metrics=metrics, run_dir=Path(run_dir), **saved)
+
+    def summary(self) -> str:
+        """The matrix, the metrics with their definitions, and where the model is."""
+        lines = [self.matrix_text(), ""]
+        lines += [f"{_number(self.metrics[k]):>9}  {label(k)}" for k in DEFINITIONS if k in self.metrics]
+        if self.run_dir is not None:
+            lines += [
+                "",
+                f"Run directory: {self.run_dir}",
+                f"Model:         {self.run_dir / 'export'}",
+                "",
+                self.snippet,
+            ]
+        return "\n".join(lines).rstrip()
+
+    def matrix_text(self) -> str:
+        """The matrix as a table: a row per trained task, a column per scored task."""
+        names = [*self.tasks, *self.holdout]
+        width = max(8, *(len(n) + 2 for n in names))
+        first = max(len("before training"), *(len(t) + 6 for t in self.tasks))
+        rows = [" " * first + "".join(f"{n:>{width}}" for n in names)]
+        entries = [
+            ("before training", self.initial),
+            *((f"after {t}", r) for t, r in zip(self.tasks, self.matrix, strict=True)),
+        ]
+        for title, row in entries:
+            if not np.isnan(row).all():
+                rows.append(f"{title:<{first}}" + "".join(f"{_number(v):>{width}}" for v in row.tolist()))
+        return "\n".join(rows)
+
+
+def score_table(scores: list[Any], names: list[str]) -> str:
+    """One line per task: its score, the metric and the number of examples."""
+    width = max(len(n) for n in names) + 2
+    return "\n".join(
+        f"{n:<{width}}{_number(s.value):>9}  {s.metric} over {s.n} examples" for n, s in zip(names, scores, strict=True)
+    )
+
+
+def compare_text(results: list[RunResult]) -> str:
+    """One row per run, one column per metric."""
+    keys = [k for k in DEFINITIONS if any(r.metrics.get(k) is not None for r in results)]
+    width = max(len(r.name) for r in results) + 2
+    lines = [" " * width + "".join(f"{k:>{max(len(k), 8) + 2}}" for k in keys)]
+    lines += [
+        f"{r.name:<{width}}" + "".join(f"{_number(r.metrics.get(k)):>{max(len(k), 8) + 2}}" for k in keys) for r in results
+    ]
+    return "\n".join(lines)
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None or math.isnan(value) else f"{value:.4f}"
+
+
+def _nan(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_nan(v) for v in value]
+    return math.nan if value is None else value

@@ -1,0 +1,197 @@
+"""The run directory: lock, status, events, matrix and metrics. It is the only state of a run."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from omegaconf import OmegaConf
+
+from clkit.checkpoint import CheckpointStore
+from clkit.errors import CheckpointError
+from clkit.files import disk_errors, write_json, write_text
+
+# Keys of the configuration that change no number of a run; a resume may differ in them.
+_FREE = ("name", "output_dir", "checkpoint", "tracking", "compare")
+
+
+class RunDirectory:
+    """Reads and writes one run's files.
+
+    ``config.yaml`` resolved configuration; ``run.json`` versions, git revision, data and model hashes; ``status.json``;
+    ``events.jsonl``; ``matrix.json``; ``metrics.json``; ``checkpoints/``; ``export/``; ``report.html``.
+    """
+
+    def __init__(self, path: str | Path, keep: int = 2) -> None:
+        self.path = Path(path)
+        self.checkpoints = CheckpointStore(self.path / "checkpoints", keep)
+        self._lock = FileLock(self.path / ".lock")
+        self._events: Any = None
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the run directory for this process; a second process is refused. May be nested.
+
+        Raises:
+            CheckpointError: the directory can't be made or written, or another process holds it.
+        """
+        with disk_errors(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            if not os.access(self.path, os.W_OK):
+                raise CheckpointError(f"{self.path}: no permission to write. Choose another output_dir.")
+            try:
+                self._lock.acquire(timeout=0)
+            except Timeout:
+                raise CheckpointError(
+                    f"{self.path}: another process is running in this directory. "
+                    "Wait for it, or choose another output_dir."
+                ) from None
+        try:
+            yield
+        finally:
+            self._lock.release()
+            if not self._lock.is_locked:
+                self._close()
+
+    def clear(self) -> None:
+        """Delete what an earlier run left (``--fresh``)."""
+        for entry in self.path.iterdir():
+            if entry.name == ".lock":
+                continue
+            if entry.is_dir():
+                shutil.rmtree(entry)
+            else:
+                entry.unlink()
+
+    # --- configuration ----------------------------------------------------------------------------------------------
+    def begin(self, config: dict[str, Any], facts: dict[str, Any]) -> None:
+        """Write ``config.yaml`` and ``run.json``, or check that they are those of the run that is here.
+
+        Raises:
+            CheckpointError: the directory holds a run with another configuration or other data.
+        """
+        file = self.path / "config.yaml"
+        if file.exists():
+            old = OmegaConf.to_container(OmegaConf.load(file))
+            changed = _differences(_fixed(old), _fixed(config))
+            changed += _differences((self.read("run.json") or {}).get("data"), facts["data"], "data")
+            self._refuse(changed)
+            return
+        write_json(self.path / "run.json", facts)
+        write_text(file, OmegaConf.to_yaml(OmegaConf.create(config)))
+
+    def bind_model(self, provenance: dict[str, Any]) -> None:
+        """Write where the weights come from into ``run.json``, or check that they are those of the run that is here."""
+        facts = self.read("run.json") or {}
+        if "model" in facts:
+            self._refuse(_differences(facts["model"].get("weights"), provenance.get("weights"), "model.weights"))
+        else:
+            self.write("run.json", facts | {"model": provenance})
+
+    def _refuse(self, changed: list[str]) -> None:
+        if changed:
+            shown = changed[:10] + ([f"... and {len(changed) - 10} more"] if len(changed) > 10 else [])
+            raise CheckpointError(
+                f"{self.path}: holds a run with another configuration:\n  "
+                + "\n  ".join(shown)
+                + "\nChoose another output_dir, restore the configuration, or start again with --fresh."
+            )
+
+    def read(self, name: str) -> Any:
+        """The content of a JSON file, or None when it is not there."""
+        try:
+            return json.loads((self.path / name).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        except (ValueError, OSError) as error:
+            raise CheckpointError(f"{self.path / name}: can't be read ({error})") from error
+
+    def write(self, name: str, value: Any) -> None:
+        """Write a JSON file atomically; NaN becomes null."""
+        write_json(self.path / name, _finite(value))
+
+    def status(self, state: str, **detail: Any) -> None:
+        """Write ``status.json``: created, running, finished, interrupted or failed."""
+        write_json(self.path / "status.json", {"state": state, **detail, "time": round(time.time(), 3)})
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run that is here came to its end."""
+        return (self.read("status.json") or {}).get("state") == "finished"
+
+    @contextlib.contextmanager
+    def recording_failure(self) -> Iterator[None]:
+        """Write into ``status.json`` why the run stopped, when it stops early. May be nested."""
+        try:
+            yield
+        except BaseException as error:
+            state = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+            with contextlib.suppress(CheckpointError):  # a full disk must not hide the error itself
+                self.status(state, reason=str(error) or type(error).__name__)
+            raise
+
+    # --- events -----------------------------------------------------------------------------------------------------
+    def open_events(self, offset: int) -> None:
+        """Go on with ``events.jsonl`` at byte ``offset``; what a killed process wrote after its checkpoint is cut off."""
+        self._close()
+        path = self.path / "events.jsonl"
+        with disk_errors(path):
+            path.touch()
+            self._events = path.open("r+b")
+            self._events.truncate(offset)
+            self._events.seek(0, os.SEEK_END)
+
+    def event(self, kind: str, **fields: Any) -> None:
+        """Append one JSON object."""
+        if self._events is not None:
+            line = json.dumps(_finite({"event": kind, **fields}), ensure_ascii=False)
+            with disk_errors(self.path / "events.jsonl"):
+                self._events.write(line.encode() + b"\n")
+                self._events.flush()
+
+    def events_offset(self) -> int:
+        """Bytes of events so far, on disk."""
+        if self._events is None:
+            return 0
+        with disk_errors(self.path / "events.jsonl"):
+            os.fsync(self._events.fileno())
+        return int(self._events.tell())
+
+    def _close(self) -> None:
+        if self._events is not None:
+            self._events.close()
+            self._events = None
+
+
+def _fixed(config: Any) -> dict[str, Any]:
+    return {k: v for k, v in config.items() if k not in _FREE}
+
+
+def _differences(old: Any, new: Any, where: str = "") -> list[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        found: list[str] = []
+        for key in sorted({*old, *new}, key=str):
+            found += _differences(old.get(key), new.get(key), f"{where}.{key}" if where else str(key))
+        return found
+    return [] if old == new else [f"{where}: {_short(old)} -> {_short(new)}"]
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, default=str)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    return [_finite(v) for v in value] if isinstance(value, (list, tuple)) else value

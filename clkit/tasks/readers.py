@@ -1,0 +1,165 @@
+"""Reading rows out of JSON, JSON-lines, CSV and parquet files, with the place of each row for error messages."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from clkit.errors import Problem
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One record as it stands in a file; ``where`` is ``file:line``."""
+
+    where: str
+    values: dict[str, Any]
+
+
+def read_rows(path: Path, problems: list[Problem]) -> list[Row]:
+    """Read all rows of a file; what can't be read is added to ``problems``.
+
+    ``.jsonl`` has one object per line, ``.json`` the same or one array of objects. Cells of a ``.csv`` are text,
+    empty ones count as missing, and ``options`` are a JSON array or separated by ``|``.
+    """
+    before = len(problems)
+    try:
+        rows = READERS[path.suffix.lower()](path, problems)
+    except OSError as error:
+        problems.append(Problem(str(path), f"can't be read: {error.strerror or error}"))
+        return []
+    if not rows and len(problems) == before:
+        problems.append(Problem(str(path), "has no records"))
+    return rows
+
+
+def _text(path: Path, problems: list[Problem]) -> str:
+    raw = path.read_bytes()
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        problems.append(Problem(f"{path}:{line}", f"not UTF-8 (byte 0x{raw[error.start]:02x}); save the file as UTF-8"))
+        return ""
+
+
+def _read_json_lines(path: Path, problems: list[Problem]) -> list[Row]:
+    return _json_lines(path, _text(path, problems), problems)
+
+
+def _json_lines(path: Path, text: str, problems: list[Problem]) -> list[Row]:
+    rows: list[Row] = []
+    # Not splitlines(): U+2028 and the like are legal inside a JSON string.
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        where = f"{path}:{number}"
+        try:
+            value = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            problems.append(Problem(where, f"not valid JSON: {_reason(error)}"))
+        else:
+            _add(rows, where, value, problems)
+    return rows
+
+
+def _read_json(path: Path, problems: list[Problem]) -> list[Row]:
+    text = _text(path, problems)
+    if not text.lstrip().startswith("["):
+        return _json_lines(path, text, problems)
+    rows: list[Row] = []
+    line, counted = 1, 0
+    try:
+        for start, value in _elements(text):
+            line += text.count("\n", counted, start)
+            counted = start
+            _add(rows, f"{path}:{line}", value, problems)
+    except (ValueError, RecursionError) as error:
+        line = getattr(error, "lineno", line)
+        problems.append(Problem(f"{path}:{line}", f"not valid JSON: {_reason(error)}"))
+    return rows
+
+
+def _elements(text: str) -> Iterator[tuple[int, Any]]:
+    """The elements of a JSON array with their offsets, which ``json.loads`` does not tell."""
+    decode = json.JSONDecoder().raw_decode
+
+    def skip(at: int) -> int:
+        while at < len(text) and text[at] in " \t\r\n":
+            at += 1
+        return at
+
+    at = skip(skip(0) + 1)
+    if text[at : at + 1] != "]":
+        while True:
+            value, end = decode(text, at)
+            yield at, value
+            at = skip(end)
+            if text[at : at + 1] != ",":
+                break
+            at = skip(at + 1)
+    if text[at : at + 1] != "]":
+        raise json.JSONDecodeError("expected ',' or ']'", text, at)
+    at = skip(at + 1)
+    if at < len(text):
+        raise json.JSONDecodeError("more text after the array", text, at)
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, json.JSONDecodeError):
+        return f"{error.msg} at column {error.colno}"
+    return "nested too deeply" if isinstance(error, RecursionError) else str(error)
+
+
+def _add(rows: list[Row], where: str, value: Any, problems: list[Problem]) -> None:
+    if isinstance(value, dict):
+        rows.append(Row(where, value))
+    else:
+        problems.append(Problem(where, f"not a JSON object (got {type(value).__name__})"))
+
+
+def _read_csv(path: Path, problems: list[Problem]) -> list[Row]:
+    # The standard library rather than `datasets`: it knows the line of each row, and the answer "NA" stays a text.
+    reader = csv.DictReader(io.StringIO(_text(path, problems), newline=""), strict=True)
+    rows = []
+    line = 1  # where the row that is being read begins; it may take several lines
+    try:
+        expected = len(reader.fieldnames or ())
+        line = reader.line_num + 1
+        for record in reader:
+            where, line = f"{path}:{line}", reader.line_num + 1
+            if None in record:
+                problems.append(Problem(where, f"more cells than the header has columns ({expected})"))
+                continue
+            rows.append(Row(where, {k: v or None for k, v in record.items()}))
+    except csv.Error as error:
+        problems.append(Problem(f"{path}:{line}", f"not valid CSV: {error}"))
+    return rows
+
+
+def _read_parquet(path: Path, problems: list[Problem]) -> list[Row]:
+    from datasets import Dataset
+    from datasets.exceptions import DatasetsError
+
+    try:
+        with tempfile.TemporaryDirectory() as cache:
+            table = Dataset.from_parquet(str(path), cache_dir=cache, keep_in_memory=True)
+            values = table.to_list()
+    except (ValueError, DatasetsError) as error:
+        problems.append(Problem(str(path), f"not a readable parquet file: {error.__cause__ or error}"))
+        return []
+    return [Row(f"{path}:{number}", row) for number, row in enumerate(values, start=1)]
+
+
+READERS: dict[str, Callable[[Path, list[Problem]], list[Row]]] = {
+    ".jsonl": _read_json_lines,
+    ".json": _read_json,
+    ".csv": _read_csv,
+    ".parquet": _read_parquet,
+}

@@ -1,0 +1,410 @@
+"""SequentialTrainer: learn tasks one after another, score all of them after each, resume exactly.
+
+The whole loop, top to bottom::
+
+    fit:   for each stage: learn it, score every seen task (a row of R), checkpoint
+    learn: begin_task -> one optimiser step per batch of strategy.train_loader -> end_task
+    step:  loss terms -> backward (per micro-batch) -> after_backward -> clip and update -> after_step
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from clkit.checkpoint import CheckpointStore
+from clkit.config import EngineConfig, RunConfig
+from clkit.engine.base import Engine
+from clkit.engine.local import LocalEngine
+from clkit.errors import NumericalError
+from clkit.evaluation.base import evaluate
+from clkit.files import disk_errors
+from clkit.loader import Encodings, split_batch, steps_in_stage
+from clkit.metrics.continual import summarize
+from clkit.models.base import Model
+from clkit.progress import Progress
+from clkit.result import RunResult
+from clkit.rng import Streams
+from clkit.rundir import RunDirectory
+from clkit.strategy import Position, RunContext, Strategy, TaskLoop
+from clkit.tasks.base import Task, TaskSequence
+from clkit.tasks.batch import Batch
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C or SIGTERM arrived; the state was saved at the end of the step."""
+
+
+class SequentialTrainer:
+    """The loop over tasks and steps.
+
+    Args:
+        model: what learns.
+        strategy: how it learns.
+        config: the resolved configuration; its model, tasks, strategy and engine sections are only recorded here.
+        engine: how a step is executed; one local process by default.
+        directory: the run directory; None keeps nothing on disk.
+        progress: shows what is going on.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        strategy: Strategy,
+        config: RunConfig | None = None,
+        *,
+        engine: Engine | None = None,
+        directory: RunDirectory | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        self.model, self.strategy = model, strategy
+        self.config = config or RunConfig()
+        self.engine = engine or LocalEngine(EngineConfig())
+        self.directory = directory
+        self.progress = progress or Progress(enabled=False)
+        self._stop = False
+
+    # --- the run ----------------------------------------------------------------------------------------------------
+    def fit(self, tasks: TaskSequence) -> RunResult:
+        """Learn all tasks, from the newest checkpoint on if there is one.
+
+        Raises:
+            NumericalError: a loss or a gradient is NaN or infinite; names task, step and record ids.
+            CheckpointError: the state can't be written or read, or another process runs in the directory.
+            Interrupted: Ctrl-C; the state was saved.
+        """
+        if self.directory is None:
+            return self._fit(tasks)
+        with self.directory.locked(), self.directory.recording_failure():
+            self.directory.bind_model(self.model.provenance)
+            return self._fit(tasks)
+
+    def _fit(self, tasks: TaskSequence) -> RunResult:
+        self.prepare(tasks)
+        state = self.position
+        with _stop_on_signal(self._request_stop):
+            if self.config.eval.initial and not self._initial_done:
+                self._score(self.initial, "before training")
+                self._initial_done = True
+                self._checkpoint()
+            while state.stage < len(tasks):
+                if self.strategy.training_set(state.stage):
+                    if not self._learned:
+                        self._learn(tasks[state.stage])
+                        self._learned = True
+                        self._checkpoint()
+                    self._score(self.matrix[state.stage], f"after {tasks[state.stage].name}")
+                state.stage, state.step, self._learned = state.stage + 1, 0, False
+                self._checkpoint()
+        return self._finish()
+
+    def prepare(self, tasks: TaskSequence) -> bool:
+        """Set everything up and load the newest checkpoint; True when there was one."""
+        self.tasks = tasks
+        self.scored = [*tasks, *tasks.holdout]
+        self.position = Position()
+        self.matrix = np.full((len(tasks), len(self.scored)), math.nan)
+        self.initial = np.full(len(self.scored), math.nan)
+        self._higher_is_better: dict[str, bool] = {}
+        self._initial_done = self._learned = False
+        streams = Streams(self.config.seed)
+        streams.seed_global()
+        self.engine.prepare(self.model)
+        self.run = RunContext(
+            self.model,
+            tasks,
+            self.engine,
+            self.config,
+            streams,
+            Encodings(self.model, tasks),
+            self.position,
+            lambda name, value: self._event("value", name=name, value=value),
+        )
+        self.strategy.setup(self.run)
+        saved = self.store.load() if self.store is not None else None
+        if self.directory is not None and self.engine.is_main:
+            self.directory.open_events(saved["events"] if saved else 0)
+        if saved:
+            self._restore(saved)
+        return saved is not None
+
+    # --- one task ---------------------------------------------------------------------------------------------------
+    def _learn(self, task: Task) -> None:
+        position, train = self.position, self.config.train
+        count = sum(len(self.tasks[i].train) for i in self.strategy.training_set(position.stage))
+        total = steps_in_stage(count, train)
+        if position.step == 0:
+            self.strategy.begin_task(task)
+            self._start_optimizer(total)
+            self._event("task", name=task.name, examples=count, steps=total)
+        self.model.module.train()
+        with self.progress.task(f"[{position.stage + 1}/{len(self.tasks)}] {task.name}", total, position.step) as bar:
+            self.strategy.train_task(task, _Loop(self, task, bar))
+        self.strategy.end_task(task)
+
+    def _start_optimizer(self, steps: int) -> None:
+        train = self.config.train
+        whole_run = train.schedule_scope == "run"
+        if whole_run:
+            counts = [
+                sum(len(self.tasks[i].train) for i in self.strategy.training_set(s)) for s in range(len(self.tasks))
+            ]
+            steps = sum(steps_in_stage(c, train) for c in counts if c)
+        started = self.position.total_steps > 0
+        self.engine.start(
+            self.strategy.parameters(),
+            train,
+            steps,
+            keep_moments=started and not train.reset_optimizer,
+            keep_schedule=started and whole_run,
+        )
+
+    def _step(self, batch: Batch, task: Task) -> dict[str, torch.Tensor]:
+        """One optimiser step; returns the detached loss terms."""
+        strategy, engine = self.strategy, self.engine
+        parts = split_batch(batch, self.config.train.micro_batch)
+        shares = self._shares(parts) if len(parts) > 1 else [{}]
+        sums: dict[str, torch.Tensor] = {}
+        for part, share in zip(parts, shares, strict=True):
+            part = part.to(engine.device)
+            with engine.autocast():
+                terms = strategy.loss(part)
+                if share:
+                    terms = {k: v * share.get(k, share["*"]) for k, v in terms.items()}
+                values = list(terms.values())
+                total = values[0] if len(values) == 1 else torch.stack(values).sum()
+            for name, value in terms.items():
+                sums[name] = sums[name] + value.detach() if name in sums else value.detach()
+            if not math.isfinite(total.detach()):
+                raise self._not_finite("loss", {k: float(v) for k, v in sums.items()}, task, part.ids)
+            engine.backward(total)
+        engine.unscale()
+        strategy.after_backward()
+        norm = engine.step()
+        if norm is not None and not math.isfinite(norm):
+            raise self._not_finite("gradient norm", {"norm": norm}, task, batch.ids)
+        self.position.step += 1
+        self.position.total_steps += 1
+        strategy.after_step()
+        return sums
+
+    def _shares(self, parts: list[Batch]) -> list[dict[str, float]]:
+        """Each micro-batch's part of every loss term, so that the sum is the mean over the whole batch."""
+        units = [{"*": float(part.num_targets), **self.strategy.units(part)} for part in parts]
+        totals = {k: sum(u[k] for u in units) for k in units[0]}
+        return [{k: u[k] / totals[k] if totals[k] else 0.0 for k in u} for u in units]
+
+    def _not_finite(self, what: str, values: dict[str, float], task: Task, ids: list[str]) -> NumericalError:
+        shown = ", ".join(ids[:8]) + (f" and {len(ids) - 8} more" if len(ids) > 8 else "")
+        self._event("not_finite", what=what, task=task.name, step=self.position.step, ids=ids)
+        return NumericalError(
+            f"The {what} is not finite in task '{task.name}' at step {self.position.step + 1}: {values}. "
+            f"Records: {shown}. "
+            "Lower train.learning_rate, set train.clip, or look at these records; the last good checkpoint stays."
+        )
+
+    # --- scoring ----------------------------------------------------------------------------------------------------
+    def _score(self, row: np.ndarray, when: str) -> None:
+        """Score all tasks into a row of R: seen and future ones, and holdout."""
+        stage, scores = self.position.stage, {}
+        with self.serving(), self.progress.task(f"scoring {when}", len(self.scored)) as bar:
+            for j, task in enumerate(self.scored):
+                if self._stop:
+                    break
+                score = self.score_task(task)
+                row[j] = score.value
+                scores[task.name] = score
+                self._higher_is_better[task.name] = score.higher_is_better
+                self._event(
+                    "score", after=when, stage=stage, task=task.name, metric=score.metric, value=score.value, n=score.n
+                )
+                bar.advance(1)
+        if self._stop:
+            self._checkpoint()
+        self.progress.say(f"{when}: " + "  ".join(f"{name} {score.value:.3f}" for name, score in scores.items()))
+
+    @contextlib.contextmanager
+    def serving(self) -> Iterator[None]:
+        """Within the context the model computes with the weights that the strategy serves."""
+        with self.strategy.inference() as module:
+            trained, self.model.module = self.model.module, module
+            try:
+                yield
+            finally:
+                self.model.module = trained
+
+    def score_task(self, task: Task) -> Any:
+        """Score one task with the module as it is."""
+        restrict = task.classes if self.tasks.scenario == "task" else None
+        return evaluate(
+            self.model,
+            task,
+            self.run.encodings.eval(task),
+            metric=task.metric,
+            options=self.config.eval,
+            group=self.engine.group,
+            restrict_to=restrict,
+        )
+
+    # --- state ------------------------------------------------------------------------------------------------------
+    @property
+    def store(self) -> CheckpointStore | None:
+        """Where checkpoints go."""
+        return self.directory.checkpoints if self.directory is not None else None
+
+    def _state(self) -> dict[str, Any]:
+        position = self.position
+        return {
+            "position": {"stage": position.stage, "step": position.step, "total_steps": position.total_steps},
+            "learned": self._learned,
+            "initial_done": self._initial_done,
+            "matrix": torch.from_numpy(self.matrix),
+            "initial": torch.from_numpy(self.initial),
+            "higher_is_better": self._higher_is_better,
+            "events": self.directory.events_offset() if self.directory is not None else 0,
+            "streams": self.run.streams.state_dict(),
+            "strategy": self.strategy.state_dict(),
+            "model": self.strategy.model_state(),
+            "engine": self.engine.state_dict() if self._training else None,
+        }
+
+    @property
+    def _training(self) -> bool:
+        return self.position.total_steps > 0
+
+    def _checkpoint(self) -> None:
+        if self.store is not None and self.directory is not None and self.engine.is_main:
+            self.store.save(self._state())
+            self.directory.status("running", **self._where())
+        if self._stop:
+            raise Interrupted
+
+    def _where(self) -> dict[str, Any]:
+        stage = self.position.stage
+        return {
+            "task": self.tasks[stage].name if stage < len(self.tasks) else None,
+            "stage": stage,
+            "step": self.position.step,
+        }
+
+    def _restore(self, saved: dict[str, Any]) -> None:
+        for key, value in saved["position"].items():
+            setattr(self.position, key, value)
+        self._learned, self._initial_done = saved["learned"], saved["initial_done"]
+        self.matrix[:] = saved["matrix"].numpy()
+        self.initial[:] = saved["initial"].numpy()
+        self._higher_is_better = dict(saved["higher_is_better"])
+        self.strategy.load_state_dict(saved["strategy"])
+        self.strategy.load_model_state(saved["model"])
+        if saved["engine"] is not None:
+            self.engine.start(self.strategy.parameters(), self.config.train, 1)
+            self.engine.load_state_dict(saved["engine"])
+        self.run.streams.load_state_dict(saved["streams"])
+        self.progress.say(f"resuming at task {self.position.stage + 1} of {len(self.tasks)}, step {self.position.step}")
+
+    def _request_stop(self) -> None:
+        self._stop = True
+
+    def _event(self, kind: str, **fields: Any) -> None:
+        if self.directory is not None and self.engine.is_main:
+            self.directory.event(kind, total_steps=self.position.total_steps, time=round(time.time(), 3), **fields)
+
+    def _finish(self) -> RunResult:
+        count = len(self.tasks)
+        better = [self._higher_is_better.get(t.name, True) for t in self.tasks]
+        initial = self.initial[:count] if self.config.eval.initial else None
+        result = RunResult(
+            name=self.config.name,
+            tasks=[t.name for t in self.tasks],
+            holdout=[t.name for t in self.tasks.holdout],
+            task_metrics=[t.metric for t in self.scored],
+            matrix=self.matrix,
+            initial=self.initial,
+            metrics=summarize(self.matrix[:, :count], initial=initial, higher_is_better=better),
+            higher_is_better=[self._higher_is_better.get(t.name, True) for t in self.scored],
+            run_dir=self.directory.path if self.directory is not None else None,
+        )
+        if self.directory is not None and self.engine.is_main:
+            result.snippet = self.export(self.directory.path / "export")
+            result.save(self.directory)
+            self.directory.status("finished")
+        return result
+
+    def export(self, directory: Path) -> str:
+        """Write what a user takes away into ``directory``, whole or not at all; returns the snippet that loads it."""
+        temporary = directory.with_name(f".tmp-{directory.name}")
+        with disk_errors(directory):
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+            snippet = self.strategy.export(temporary)
+            shutil.rmtree(directory, ignore_errors=True)
+            temporary.replace(directory)
+        return snippet.replace(str(temporary), str(directory))
+
+
+class _Loop(TaskLoop):
+    """The steps of one task."""
+
+    def __init__(self, trainer: SequentialTrainer, task: Task, bar: Any) -> None:
+        self._trainer, self._task, self._bar = trainer, task, bar
+        self._since = time.perf_counter()
+        self._tokens = 0
+
+    def run(self) -> None:
+        for batch in self._trainer.strategy.train_loader(self._task):
+            self._take(batch)
+
+    def step(self, batch: Batch) -> dict[str, float]:
+        return {name: float(value) for name, value in self._take(batch).items()}
+
+    def _take(self, batch: Batch) -> dict[str, torch.Tensor]:
+        trainer, config = self._trainer, self._trainer.config
+        rate = trainer.engine.learning_rate
+        terms = trainer._step(batch, self._task)
+        step = trainer.position.step
+        self._tokens += batch.labels.numel()
+        if step % config.tracking.log_every == 0 or step == 1:
+            losses = {name: float(value) for name, value in terms.items()}
+            trainer._event("step", task=self._task.name, step=step, losses=losses, learning_rate=rate)
+            now = time.perf_counter()
+            self._bar.show(losses, self._tokens / max(now - self._since, 1e-9))
+            self._since, self._tokens = now, 0
+        self._bar.advance(1)
+        if config.eval.every_steps and step % config.eval.every_steps == 0:
+            trainer._score(np.full(len(trainer.scored), math.nan), f"step {step} of {self._task.name}")
+            trainer.model.module.train()
+        if trainer._stop or (config.checkpoint.every_steps and step % config.checkpoint.every_steps == 0):
+            trainer._checkpoint()
+        return terms
+
+
+class _stop_on_signal:
+    """Within the context SIGINT and SIGTERM ask for a stop at the end of the step; a second one stops at once."""
+
+    def __init__(self, request: Callable[[], None]) -> None:
+        self._request = request
+        self._old: dict[int, Any] = {}
+
+    def _handle(self, number: int, frame: Any) -> None:
+        self._request()
+        signal.signal(number, self._old[number] or signal.SIG_DFL)
+
+    def __enter__(self) -> None:
+        try:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._old[number] = signal.signal(number, self._handle)
+        except ValueError:  # signals can be set in the main thread only; elsewhere the caller's handling stays
+            self._old = {}
+
+    def __exit__(self, *error: object) -> None:
+        for number, old in self._old.items():
+            signal.signal(number, old)

@@ -1,0 +1,9 @@
+"""Sequential fine-tuning with no protection: the lower bound."""
+
+from __future__ import annotations
+
+from clkit.strategy import Strategy
+
+
+class Naive(Strategy):
+    """Learns each task in turn and nothing else. With ``strategy.replay.size`` it rehearses."""

@@ -1,0 +1,105 @@
+"""Configuration: merged, checked against every schema, all problems at once."""
+
+from __future__ import annotations
+
+import pytest
+
+from clkit import resolve
+from clkit.errors import ConfigError
+
+GOOD = {"model": {"name": "mlp", "lora": {"r": 0}}, "tasks": {"source": "digits"}, "strategy": "naive"}
+
+
+def test_defaults_fill_what_is_not_given_and_the_resolved_form_reads_back_the_same():
+    config = resolve.validate({**GOOD, "strategy": {"name": "replay", "replay": {"ratio": 0.5}}})
+    assert config.strategy.config.replay.size == 200 and config.strategy.config.replay.ratio == 0.5
+    assert resolve.validate(resolve.to_dict(config)) == config
+
+
+def test_every_problem_is_reported_at_once_with_file_key_and_near_name(tmp_path):
+    file = tmp_path / "bad.yaml"
+    file.write_text(
+        "tasks: {source: digits, num_task: 5}\nmodel: {name: mlp, lora: {r: -1}}\nstrategy: niave\n"
+        "train: {learning_rate: fast, epochs: 0, optimzer: sgd, schedule: cosin, batch_size: 2.5}\nseeed: 1\neval: 3\n"
+    )
+    with pytest.raises(ConfigError) as caught:
+        resolve.load(file)
+    text = str(caught.value)
+    assert len(caught.value.problems) == 10, text
+    for piece in (
+        f"{file}:seeed: unknown key. Did you mean 'seed'?",
+        f"{file}:train.learning_rate: wrong type (got 'fast', expected float)",
+        f"{file}:train.epochs: out of range (got 0, expected >= 1)",
+        f"{file}:train.optimzer: unknown key. Did you mean 'optimizer'?",
+        f"{file}:train.schedule: out of range (got 'cosin', expected one of constant, linear, cosine. Did you mean 'cosine'?)",
+        f"{file}:train.batch_size: wrong type (got 2.5, expected int)",
+        f"{file}:model.lora.r: out of range (got -1, expected >= 0)",
+        f"{file}:strategy.name: Unknown strategy 'niave'. Did you mean 'naive'?",
+        f"{file}:tasks.num_task: unknown key. Did you mean 'num_tasks'?",
+        f"{file}:eval: got 3, expected a mapping",
+    ):
+        assert piece in text, f"{piece}\nnot in\n{text}"
+
+
+@pytest.mark.parametrize("value", [".nan", ".inf", "-1", "0"])
+def test_a_learning_rate_that_is_no_positive_number_is_out_of_range(value, tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text(f"tasks: digits\nmodel: {{name: mlp, lora: {{r: 0}}}}\ntrain: {{learning_rate: {value}}}\n")
+    with pytest.raises(ConfigError, match="train.learning_rate: out of range"):
+        resolve.load(file)
+
+
+def test_overrides_win_over_the_file_and_their_mistakes_name_the_command_line(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("tasks: digits\nmodel: {name: mlp, lora: {r: 0}}\ntrain: {epochs: 3}\n")
+    assert resolve.load(file, ["train.epochs=7"]).train.epochs == 7
+    with pytest.raises(ConfigError, match="command line:train.epochs: out of range"):
+        resolve.load(file, ["train.epochs=0"])
+    with pytest.raises(ConfigError, match="'train.epochs' is not an override"):
+        resolve.load(file, ["train.epochs"])
+
+
+def test_naming_a_section_replaces_it_so_that_options_of_another_plugin_do_not_linger():
+    content = resolve.merge({**GOOD, "strategy": {"name": "lwf", "temperature": 3.0}}, ["strategy=naive"])
+    assert content["strategy"] == {"name": "naive"}
+    content = resolve.merge(GOOD, ["strategy=replay", "strategy.replay.size=7"])
+    assert resolve.validate(content).strategy.config.replay.size == 7
+
+
+def test_a_config_can_not_name_code_to_import():
+    with pytest.raises(ConfigError, match="Unknown strategy 'os.system'"):
+        resolve.validate({**GOOD, "strategy": "os.system"})
+    with pytest.raises(ConfigError, match=r"_target_: unknown key"):
+        resolve.validate({**GOOD, "model": {"name": "mlp", "_target_": "os.system"}})
+
+
+def test_yaml_mistakes_name_the_line(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("train:\n  epochs: 1\n  epochs: 2\n")
+    with pytest.raises(ConfigError, match=r"c\.yaml:3: not valid YAML"):
+        resolve.load(file)
+    file.write_text("train: [1\n")
+    with pytest.raises(ConfigError, match=r"not valid YAML"):
+        resolve.load(file)
+    file.write_text("- 1\n")
+    with pytest.raises(ConfigError, match="must be a mapping"):
+        resolve.load(file)
+
+
+def test_environment_variables_can_be_used_and_missing_ones_are_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("MY_RUNS", "/somewhere")
+    assert resolve.merge({"output_dir": "${oc.env:MY_RUNS}/x"}, [])["output_dir"] == "/somewhere/x"
+    with pytest.raises(ConfigError, match="NOT_THERE"):
+        resolve.merge({"output_dir": "${oc.env:NOT_THERE}"}, [])
+
+
+def test_a_shipped_configuration_is_found_by_its_name_and_a_wrong_name_gets_a_near_one():
+    assert resolve.find("quickstart").name == "quickstart.yaml"
+    with pytest.raises(ConfigError, match="Did you mean 'quickstart'"):
+        resolve.find("quickstrat")
+
+
+def test_every_shipped_configuration_is_valid_and_starts_with_the_command_that_runs_it():
+    for name, path in resolve.shipped().items():
+        assert path.read_text().startswith(f"# clkit run configs/{name}.yaml\n# "), name
+        resolve.load(path)

@@ -1,0 +1,142 @@
+"""The trainer: one step is what it should be, and what goes wrong stops it cleanly."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from clkit import api, resolve
+from clkit.errors import CheckpointError, NumericalError
+from clkit.rundir import RunDirectory
+from clkit.strategy import Strategy
+from clkit.trainer import Interrupted
+
+
+def run(content, **changes):
+    merged = dict(content)
+    for key, value in changes.items():
+        merged[key] = {**merged.get(key, {}), **value} if isinstance(value, dict) else value
+    return api.run(resolve.validate(merged))
+
+
+def losses(run_dir):
+    events = [json.loads(line) for line in (run_dir / "events.jsonl").read_text().splitlines()]
+    return [e["losses"]["cross_entropy"] for e in events if e["event"] == "step"]
+
+
+def test_micro_batches_give_the_same_losses_as_the_whole_batch(text_content, tmp_path):
+    whole = run(text_content, output_dir=str(tmp_path / "whole"))
+    parts = run(text_content, output_dir=str(tmp_path / "parts"), train={"micro_batch": 3})
+    np.testing.assert_allclose(losses(parts.run_dir), losses(whole.run_dir), rtol=2e-5)
+    np.testing.assert_array_equal(parts.matrix, whole.matrix)
+
+
+def test_gradient_checkpointing_changes_memory_not_numbers(text_content, tmp_path):
+    plain = run(text_content, output_dir=str(tmp_path / "plain"))
+    less = run(text_content, output_dir=str(tmp_path / "less"), model={"gradient_checkpointing": True})
+    np.testing.assert_allclose(losses(less.run_dir), losses(plain.run_dir), rtol=2e-5)
+
+
+def test_two_runs_with_one_seed_are_equal_and_with_another_seed_are_not(text_content, tmp_path):
+    first = run(text_content, output_dir=str(tmp_path / "1"))
+    second = run(text_content, output_dir=str(tmp_path / "2"))
+    other = run(text_content, output_dir=str(tmp_path / "3"), seed=1)
+    assert losses(first.run_dir) == losses(second.run_dir) != losses(other.run_dir)
+
+
+class Poisoned(Strategy):
+    """Breaks its loss at a given step."""
+
+    def loss(self, batch):
+        terms = super().loss(batch)
+        if self.run.position.total_steps == 5:
+            terms["poison"] = terms["cross_entropy"] * float("nan")
+        return terms
+
+
+def test_a_loss_that_is_not_finite_names_task_step_and_records_and_keeps_the_checkpoint(text_content, monkeypatch):
+    monkeypatch.setattr(api.build, "make_strategy", lambda plugin: Poisoned(plugin.config))
+    with pytest.raises(NumericalError, match=r"task 'blue' at step 2: .*poison.*Records: [0-9a-f]{16}"):
+        run(text_content)
+    directory = RunDirectory(text_content["output_dir"])
+    assert directory.read("status.json")["state"] == "failed"
+    assert directory.checkpoints.load()["position"]["total_steps"] == 4
+    monkeypatch.undo()
+    assert run(text_content).metrics["average_accuracy"] is not None
+
+
+def test_a_finished_run_is_not_done_again_and_another_configuration_is_refused(text_content):
+    first = run(text_content)
+    before = (first.run_dir / "events.jsonl").read_bytes()
+    again = run(text_content)
+    assert again.metrics == first.metrics and again.snippet == first.snippet
+    assert (first.run_dir / "events.jsonl").read_bytes() == before
+    with pytest.raises(CheckpointError, match=r"train\.learning_rate: 0\.01 -> 0\.02"):
+        run(text_content, train={"learning_rate": 0.02})
+
+
+def test_changed_data_under_an_unfinished_run_is_refused(text_content):
+    run(text_content)
+    file = text_content["tasks"]["tasks"][1]
+    with open(file, "a") as stream:
+        stream.write('{"prompt": "blue 99", "answer": "a", "options": ["a", "b"]}\n')
+    with pytest.raises(CheckpointError, match=r"data\.blue\.train"):
+        run(text_content)
+
+
+def test_a_second_process_in_the_same_directory_is_refused(text_content):
+    directory = RunDirectory(text_content["output_dir"])
+    with directory.locked(), pytest.raises(CheckpointError, match="another process is running"):
+        run(text_content)
+
+
+def test_an_unwritable_place_is_one_clear_error(text_content, tmp_path):
+    blocker = tmp_path / "file"
+    blocker.write_text("")
+    with pytest.raises(CheckpointError, match="can't write"):
+        run(text_content, output_dir=str(blocker / "run"))
+
+
+def test_control_c_saves_the_state_and_the_same_command_goes_on(text_content, tmp_path, monkeypatch):
+    import os
+    import signal
+
+    whole = run(text_content, output_dir=str(tmp_path / "whole"))
+    plain = Strategy.after_step
+
+    def press(self):
+        if self.run.position.total_steps == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        plain(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Strategy, "after_step", press)
+        with pytest.raises(Interrupted):
+            run(text_content)
+    directory = RunDirectory(text_content["output_dir"])
+    assert directory.read("status.json")["state"] == "interrupted"
+    assert directory.checkpoints.load()["position"]["total_steps"] == 3
+    assert run(text_content).metrics == whole.metrics
+
+
+def test_the_run_directory_says_what_was_run(text_content):
+    result = run(text_content)
+    facts = json.loads((result.run_dir / "run.json").read_text())
+    assert facts["versions"]["torch"] == torch.__version__.partition('+')[0]
+    assert set(facts["data"]) == {"red", "blue", "green"}
+    assert all(len(h) == 64 for h in facts["files"].values()) and len(facts["files"]) == 3
+    metrics = json.loads((result.run_dir / "metrics.json").read_text())
+    assert "mean over i<T" in metrics["definitions"]["bwt"]
+    assert resolve.load(result.run_dir / "config.yaml").train.epochs == 2
+
+
+def test_schedules_and_optimizer_state_can_go_on_over_tasks(text_content):
+    result = run(text_content, train={"schedule": "linear", "schedule_scope": "run", "warmup": 0.2, "reset_optimizer": False})
+    events = [json.loads(line) for line in (result.run_dir / "events.jsonl").read_text().splitlines()]
+    rates = [e["learning_rate"] for e in events if e["event"] == "step"]
+    peak = rates.index(max(rates))
+    assert rates[: peak + 1] == sorted(rates[: peak + 1]) and rates[peak:] == sorted(rates[peak:], reverse=True)
+    assert len(set(rates)) > 8
