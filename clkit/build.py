@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ from clkit.models import load_model
 from clkit.registry import STRATEGIES
 from clkit.rng import fresh_generator
 from clkit.tasks import build_tasks
-from clkit.tasks.base import LabelledExamples, TaskSequence
+from clkit.tasks.base import LabelledExamples, Task, TaskSequence, TextExamples
 
 if TYPE_CHECKING:
     from clkit.engine.base import Engine
@@ -25,6 +26,20 @@ if TYPE_CHECKING:
 def make_tasks(config: RunConfig) -> TaskSequence:
     """Read or generate the tasks; a DataError lists everything that is wrong with them."""
     return build_tasks(config.tasks.name, config.tasks.config, config.seed)
+
+
+def whole(tasks: TaskSequence) -> list[Task]:
+    """Text tasks in which every record is scored, also those that would be trained on.
+
+    Raises:
+        CapabilityError: a task is of another kind.
+    """
+    found = []
+    for task in tasks:
+        if not isinstance(task.train, TextExamples) or not isinstance(task.eval, TextExamples):
+            raise CapabilityError("only text files can be scored as a whole; give files with `prompt` and `answer`")
+        found.append(dataclasses.replace(task, eval=TextExamples(task.train.records + task.eval.records)))
+    return found
 
 
 def make_strategy(plugin: Plugin) -> Strategy:

@@ -162,7 +162,7 @@ def _run(arguments: Any) -> None:
         write_report([result], Path(config.output_dir) / "report.html")
         print(f"\n{result.name}\n{result.summary()}\n")
         results.append(result)
-    report = Path(results[0].run_dir) / "report.html"
+        report = Path(config.output_dir) / "report.html"
     if len(results) > 1:
         report = report.parent.parent / "report.html"
         write_report(results, report)
@@ -184,8 +184,8 @@ def _eval(arguments: Any) -> None:
     with api.open_run(arguments.run_dir) as trainer:
         tasks = trainer.scored
         if arguments.tasks:
-            section = {"source": "jsonl", "tasks": arguments.tasks, "metric": arguments.metric, "eval_only": True}
-            tasks = build.make_tasks(resolve.validate({"tasks": section}, origin="clkit eval"))
+            section = {"source": "jsonl", "tasks": arguments.tasks, "metric": arguments.metric}
+            tasks = build.whole(build.make_tasks(resolve.validate({"tasks": section}, origin="clkit eval")))
         with trainer.serving():
             print(score_table([trainer.score_task(task) for task in tasks], [task.name for task in tasks]))
 

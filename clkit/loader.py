@@ -27,7 +27,7 @@ class Encodings:
         self._model = model
         self._tasks = tasks
         self._train: dict[int, Encoded] = {}
-        self._eval: dict[str, Encoded] = {}
+        self._eval: dict[int, tuple[Task, Encoded]] = {}
         self._classes: dict[int, Tensor] = {}
 
     def train(self, index: int) -> Encoded:
@@ -38,9 +38,9 @@ class Encodings:
 
     def eval(self, task: Task) -> Encoded:
         """Evaluation examples of a task."""
-        if task.name not in self._eval:
-            self._eval[task.name] = self._model.encode(task.eval)
-        return self._eval[task.name]
+        if id(task) not in self._eval:
+            self._eval[id(task)] = (task, self._model.encode(task.eval))  # holding the task keeps its id its own
+        return self._eval[id(task)][1]
 
     def classes(self, index: int) -> Tensor:
         """(N,) the class of each training example, for class-balanced buffers; the task's index without classes."""
@@ -128,12 +128,12 @@ def epoch_order(
     """
     order = torch.randperm(count, generator=generator)
     if lengths is None:
-        return list(order.split(batch_size))
+        return list(torch.split(order, batch_size))
     keys = torch.from_numpy(lengths)
     window = batch_size * _WINDOW
     batches: list[Tensor] = []
-    for chunk in order.split(window):
-        batches += chunk[keys[chunk].argsort(stable=True)].split(batch_size)
+    for chunk in torch.split(order, window):
+        batches += torch.split(chunk[keys[chunk].argsort(stable=True)], batch_size)
     return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
 
 
@@ -146,8 +146,9 @@ class StepLoader:
     """Batches of one stage, one per optimiser step, from step ``start`` on.
 
     The order of an epoch is a function of (seed, stage, epoch), so a position is enough to resume. Rehearsed examples
-    are drawn before the new ones of the same step enter the buffer, and every new example is offered to the buffer once, in
-    the first epoch. Nothing is drawn ahead of the step that is asked for, so buffer and generators are exact at every step.
+    are drawn before the new ones of the same step enter the buffer, and every new example is offered to the buffer
+    once, in the first epoch. Nothing is drawn ahead of the step that is asked for, so buffer and generators are exact
+    at every step.
     """
 
     def __init__(

@@ -7,6 +7,7 @@ from clkit.config import RunConfig
 from clkit.loader import steps_in_stage
 from clkit.models import estimate
 from clkit.registry import STRATEGIES
+from clkit.tasks.base import TaskSequence
 
 _ADAM_BYTES = 8
 _SGD_BYTES = 4
@@ -40,7 +41,7 @@ def describe(config: RunConfig) -> str:
     return "\n".join([*lines, *_memory(config, tasks)])
 
 
-def _memory(config: RunConfig, tasks: build.TaskSequence) -> list[str]:
+def _memory(config: RunConfig, tasks: TaskSequence) -> list[str]:
     classes = tasks.num_classes if any(t.kind == "classification" for t in tasks) else None
     sizes = estimate(config.model, num_classes=classes, input_shape=build.input_shape(tasks))
     if sizes is None:

@@ -121,7 +121,7 @@ def validate(content: Mapping[str, Any], origin: str = "config", overridden: Ite
     problems: list[Problem] = []
     content = {k: _expand(k, v) for k, v in content.items()}
     plain = {k: v for k, v in content.items() if k not in _PLUGINS}
-    config = _fill(RunConfig, plain, "", problems, skip=_PLUGINS)
+    config: RunConfig = _fill(RunConfig, plain, "", problems, skip=_PLUGINS)
     for section, (key, registry, default) in _PLUGINS.items():
         plugin = _plugin(section, content.get(section), key, registry, default, problems)
         if plugin is not None:
@@ -205,7 +205,7 @@ def _fill(
 def _leaves(cls: type, fields: Mapping[str, Any], hints: Mapping[str, Any]) -> type:
     """A dataclass with only the plain fields of ``cls``, which is what OmegaConf types and converts."""
     plain = [
-        (n, hints[n], dataclasses.field(default=f.default, default_factory=f.default_factory))  # type: ignore[call-overload]
+        (n, hints[n], dataclasses.field(default=f.default, default_factory=f.default_factory))
         if f.default is dataclasses.MISSING
         else (n, hints[n], dataclasses.field(default=f.default))
         for n, f in fields.items()
@@ -245,7 +245,7 @@ def _out_of_range(value: Any, meta: Mapping[str, Any]) -> str:
                 f"<= {high}" if high is not None else "",
             ]
             return " and ".join(b for b in bounds if b)
-    choices = meta.get("choices")
+    choices: tuple[str, ...] = meta.get("choices", ())
     wrong = [v for v in (value if isinstance(value, list) else [value]) if choices and v not in choices]
     if wrong:
         return f"one of {', '.join(choices)}.{did_you_mean(str(wrong[0]), choices)}"
@@ -282,7 +282,10 @@ def _cross_checks(config: RunConfig) -> list[Problem]:
 
 def to_dict(config: RunConfig) -> dict[str, Any]:
     """The resolved configuration as plain data, every default written out; :func:`validate` reads it back."""
-    plain = dataclasses.asdict(dataclasses.replace(config, **dict.fromkeys(_PLUGINS)))
+    bare = copy.copy(config)
+    for section in _PLUGINS:
+        setattr(bare, section, None)
+    plain = dataclasses.asdict(bare)
     for section, (key, _, _) in _PLUGINS.items():
         plugin: Plugin = getattr(config, section)
         plain[section] = {key: plugin.name, **(dataclasses.asdict(plugin.config) if plugin.config is not None else {})}

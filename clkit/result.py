@@ -119,7 +119,8 @@ def compare_text(results: list[RunResult]) -> str:
     width = max(len(r.name) for r in results) + 2
     lines = [" " * width + "".join(f"{k:>{max(len(k), 8) + 2}}" for k in keys)]
     lines += [
-        f"{r.name:<{width}}" + "".join(f"{_number(r.metrics.get(k)):>{max(len(k), 8) + 2}}" for k in keys) for r in results
+        f"{r.name:<{width}}" + "".join(f"{_number(r.metrics.get(k)):>{max(len(k), 8) + 2}}" for k in keys)
+        for r in results
     ]
     return "\n".join(lines)
 

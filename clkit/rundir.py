@@ -140,7 +140,7 @@ class RunDirectory:
 
     # --- events -----------------------------------------------------------------------------------------------------
     def open_events(self, offset: int) -> None:
-        """Go on with ``events.jsonl`` at byte ``offset``; what a killed process wrote after its checkpoint is cut off."""
+        """Go on with ``events.jsonl`` at byte ``offset``; what was written after the checkpoint is cut off."""
         self._close()
         path = self.path / "events.jsonl"
         with disk_errors(path):

@@ -72,6 +72,7 @@ class SequentialTrainer:
         self.directory = directory
         self.progress = progress or Progress(enabled=False)
         self._stop = False
+        self._initial_done = self._learned = False
 
     # --- the run ----------------------------------------------------------------------------------------------------
     def fit(self, tasks: TaskSequence) -> RunResult:

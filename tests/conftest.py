@@ -63,7 +63,12 @@ def text_content(tiny_llama, tmp_path) -> dict:
         files.append(str(file))
     return {
         "output_dir": str(tmp_path / "run"),
-        "model": {"name": str(tiny_llama), "dtype": "float32", "prompt": "plain", "lora": {"r": 4, "target_modules": ["q_proj", "v_proj"]}},
+        "model": {
+            "name": str(tiny_llama),
+            "dtype": "float32",
+            "prompt": "plain",
+            "lora": {"r": 4, "target_modules": ["q_proj", "v_proj"]},
+        },
         "tasks": {"source": "jsonl", "tasks": files, "eval_fraction": 0.34},
         "strategy": "naive",
         "train": {"epochs": 2, "batch_size": 4, "learning_rate": 0.01},

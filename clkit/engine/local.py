@@ -82,7 +82,7 @@ class LocalEngine(Engine):
 
     def backward(self, loss: Tensor) -> None:
         """Backward, with the loss scaled under float16."""
-        (loss if self._scaler is None else self._scaler.scale(loss)).backward()
+        torch.autograd.backward(loss if self._scaler is None else self._scaler.scale(loss))
 
     def unscale(self) -> None:
         """Divide the gradients by the float16 loss scale."""

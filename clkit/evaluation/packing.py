@@ -35,6 +35,8 @@ PACKABLE = frozenset(
 )
 # fmt: on
 
+_CHUNK = 256  # positions whose logits are turned to float32 at once
+
 
 def packed_logliks(
     module: nn.Module, prompts: Sequence[list[int]], options: Sequence[list[list[int]]]
@@ -104,10 +106,11 @@ def rowwise_logliks(
 def _sums(logits: Tensor, wanted: list[tuple[int, int, int]], options: Sequence[list[list[int]]]) -> list[list[float]]:
     """Add up the log-probabilities of the wanted tokens, which come in the order of ``options``."""
     row, column, token = torch.tensor(wanted, device=logits.device).unbind(1)
-    # One row at a time: the float32 copy of all logits would be the largest tensor of the evaluation.
-    normaliser = torch.stack([part.float().logsumexp(-1) for part in logits])
-    found = (logits[row, column, token].float() - normaliser[row, column]).double().tolist()
-    values = iter(found)
+    flat = logits.flatten(0, 1)
+    places, which = torch.unique(row * logits.shape[1] + column, return_inverse=True)  # first ones are shared
+    # In pieces: the float32 copy of all logits would be the largest tensor of the evaluation.
+    normaliser = torch.cat([flat[piece].float().logsumexp(-1) for piece in torch.split(places, _CHUNK)])
+    values = iter((flat[places[which], token].float() - normaliser[which]).double().tolist())
     return [[sum(itertools.islice(values, len(option))) for option in opts] for opts in options]
 
 

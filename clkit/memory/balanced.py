@@ -84,11 +84,27 @@ class RingBuffer(_GroupedBuffer):
 
     policy = "ring"
 
+    def __init__(self, size: int) -> None:
+        super().__init__(size)
+        self._shares: dict[str, int] = {}
+
     def _offer(self, ref: Ref, draw: float) -> None:
         name = self._group_of(ref)
-        is_new = name not in self._groups
-        self._groups.setdefault(name, []).append(ref)
+        if name not in self._groups:
+            self._groups[name] = []
+            self._share_out()
+        group = self._groups[name]
+        group.append(ref)
+        if len(group) > self._shares[name]:
+            del group[0]
+
+    def _share_out(self) -> None:
         share, rest = divmod(self.size, len(self._groups))
-        for number, (other, held) in enumerate(self._groups.items()):
-            if is_new or other == name:
-                del held[: max(0, len(held) - share - (number < rest))]
+        self._shares = {name: share + (number < rest) for number, name in enumerate(self._groups)}
+        for name, held in self._groups.items():
+            del held[: max(0, len(held) - self._shares[name])]
+
+    def _restore(self, refs: list[Ref], extra: dict[str, Any]) -> None:
+        super()._restore(refs, extra)
+        if self._groups:
+            self._share_out()

@@ -60,7 +60,7 @@ def _rouge_words(text: str) -> list[str]:
 
 
 def _lcs_length(a: Sequence[str], b: Sequence[str]) -> int:
-    """Length of the longest common subsequence by bit vectors (Hyyro 2004): one row of the table is one integer."""
+    """Length of the longest common subsequence by bit vectors (Hyyrö 2004): one row of the table is one integer."""
     positions: dict[str, int] = {}
     for i, word in enumerate(a):
         positions[word] = positions.get(word, 0) | 1 << i
@@ -122,8 +122,7 @@ def first_option(prediction: str, options: Sequence[str]) -> int | None:
     mentions: list[tuple[int, int, int]] = []  # where it starts, minus its length in words, which option
     for index, option in enumerate(options):
         letter, words = _letter_and_words(option)
-        if letter in letters:
-            mentions.append((letters[letter], -1, index))
+        mentions += [(at, -1, index) for found, at in letters if found == letter]
         mentions += [(tokens[at][1], -len(words), index) for at in _find(folded, words)]
     decisive = [mention for mention in mentions if mention[0] in marked] or mentions
     return min(decisive)[2] if decisive else None
@@ -139,24 +138,28 @@ def _letter_and_words(option: str) -> tuple[str | None, list[str]]:
     return (labelled[1], _words(labelled[2])) if labelled else (None, _words(text))
 
 
-def _letters(text: str, marked: set[int]) -> dict[str, int]:
-    """The letters that stand in ``text`` as option letters, and where each does so first; prose is none at a mark."""
+def _letters(text: str, marked: set[int]) -> list[tuple[str, int]]:
+    """The letters that stand in ``text`` as option letters, and where; what is marked is never prose."""
     lone = {found.start(1) for found in _LONE_LETTER.finditer(text)}
-    found: dict[str, int] = {}
+    found = []
     for match in _TOKEN.finditer(text):
         letter, at = match.group(), match.start()
         if not re.fullmatch(r"[A-Za-z]", letter):
             continue
         is_prose = letter in "AI" and at not in marked and _PROSE.match(text, match.end()) is not None
         if at in lone or (letter.isupper() and not is_prose):
-            found.setdefault(letter.upper(), at)
+            found.append((letter.upper(), at))
     return found
 
 
 def _tokens(text: str) -> list[tuple[str, int]]:
-    """The folded words of an NFKC text and where they start; articles are dropped unless there is nothing else."""
+    """The folded words of an NFKC text and where they start; articles are dropped unless there is nothing else.
+
+    A text of signs alone, such as ``>=``, is one word.
+    """
     found = [(_fold(match.group()), match.start()) for match in _TOKEN.finditer(text)]
-    return [token for token in found if token[0] not in _ARTICLES] or found
+    signs = text.strip()
+    return [token for token in found if token[0] not in _ARTICLES] or found or ([(signs, 0)] if signs else [])
 
 
 def _fold(word: str) -> str:

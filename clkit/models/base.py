@@ -52,6 +52,10 @@ class Model(ABC):
     def loss(self, batch: Batch, logits: Tensor | None = None) -> Tensor:
         """Mean cross entropy over the batch's targets, computed in float32."""
 
+    def targets(self, batch: Batch) -> Tensor:
+        """What :meth:`logits` predicts: classes (B,), or tokens (B, P) with -100 where a row predicts nothing."""
+        return batch.labels
+
     @abstractmethod
     def export(self, directory: Path) -> str:
         """Write what a user takes away; return the Python snippet that loads it."""

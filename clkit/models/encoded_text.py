@@ -15,8 +15,8 @@ from clkit.models.prompts import PromptFormat, Tokens
 from clkit.tasks.base import EditRecord, TextRecord
 from clkit.tasks.batch import Batch, Encoded
 
-# Stands for an answer that is not known yet, so that a prompt's last tokens are those that it has in training.
-_ANY_ANSWER = "A"
+# A word that almost every tokenizer has with a space in front: a prompt must not depend on its answer's first letter.
+_ANY_WORD = "the"
 
 
 class EncodedText(Encoded):
@@ -50,12 +50,12 @@ class EncodedText(Encoded):
             rows.append(np.asarray(t.prompt(max_length - len(answer)) + answer, dtype=np.int32))
         if problems:
             raise DataError.collect("Answers are too long for the model (a prompt is cut, an answer never):", problems)
-        self._answer_tokens = np.array([len(t.ids) - t.answer for t in tokens], dtype=np.int64)
+        answers = torch.tensor([len(t.ids) - t.answer for t in tokens], dtype=torch.int64)
         self.lengths = np.array([len(row) for row in rows], dtype=np.int64)
         self._flat = torch.from_numpy(np.concatenate(rows) if rows else np.zeros(0, dtype=np.int32))
         self._lengths = torch.from_numpy(self.lengths)
         self._starts = self._lengths.cumsum(0) - self._lengths
-        self._first = self._lengths - torch.from_numpy(self._answer_tokens) - 1
+        self._first = self._lengths - answers - 1
 
     def answer(self, i: int) -> str:
         """The reference answer of record ``i``."""
@@ -87,34 +87,45 @@ class EncodedText(Encoded):
 
     @cached_property
     def _scoring(self) -> tuple[list[NDArray[np.int32]], list[list[NDArray[np.int32]]]]:
-        """Prompts and options of all records; not made for training data."""
+        """Prompts and options of all records; not made for training data.
+
+        The prompt is what its tokenisations with the answer, with every option and with some word have in common: where
+        one of them takes the prompt's last space into its own first token, the others carry that space too. So all
+        options share one prompt, and each has exactly the tokens that it has in training.
+        """
         contexts = self.form.render([r.prompt for r in self.records])
-        prompts = self.form.tokenise(contexts, [_ANY_ANSWER] * len(contexts))
-        options = [tuple(getattr(r, "options", None) or ()) for r in self.records]
+        answers = [
+            (_ANY_WORD, self.answer(i), *(getattr(r, "options", None) or ())) for i, r in enumerate(self.records)
+        ]
         flat = self.form.tokenise(
-            [c for c, choices in zip(contexts, options, strict=True) for _ in choices],
-            [choice for choices in options for choice in choices],
+            [c for c, choices in zip(contexts, answers, strict=True) for _ in choices],
+            [choice for choices in answers for choice in choices],
         )
-        cut_prompts, all_options, problems = [], [], []
-        pairs = iter(flat)
-        for i, (prompt, choices) in enumerate(zip(prompts, options, strict=True)):
-            following = [self._following(prompt, contexts[i], choice, next(pairs)) for choice in choices]
-            longest = max([len(f) for f in following], default=int(self._answer_tokens[i])) + 1
+        prompts, options, problems = [], [], []
+        place = 0
+        for i, choices in enumerate(answers):
+            ways = flat[place : place + len(choices)]
+            place += len(choices)
+            first, shared = ways[0], _common_prefix([w.ids[: w.answer] for w in ways])
+            answer, *following = [w.ids[len(shared) :] for w in ways[1:]]
+            longest = max(len(f) for f in following or [answer]) + 1
             room = self.max_length - longest
-            if prompt.head + prompt.tail > room:
+            if first.head + first.tail > room:
                 text = f"its longest option takes {longest} tokens, `model.max_length` is {self.max_length}"
                 problems.append(Problem(f"record '{self.ids[i]}'", text))
                 continue
-            cut_prompts.append(np.asarray(prompt.prompt(room), dtype=np.int32))
-            all_options.append([np.asarray(f, dtype=np.int32) for f in following])
+            cut = Tokens(shared, len(shared), min(first.head, len(shared)), first.tail).prompt(room)
+            prompts.append(np.asarray(cut, dtype=np.int32))
+            options.append([np.asarray(f, dtype=np.int32) for f in following])
         if problems:
             raise DataError.collect("Options are too long for the model:", problems)
-        return cut_prompts, all_options
+        return prompts, options
 
-    def _following(self, prompt: Tokens, context: str, option: str, whole: Tokens) -> list[int]:
-        """An option's tokens behind the prompt that all options of the record share."""
-        shared = prompt.ids[: prompt.answer]
-        if whole.ids[: len(shared)] == shared:
-            return whole.ids[len(shared) :]
-        # The option melts into the prompt's last token (white space before white space): take it by itself.
-        return self.form.tokenise_alone(self.form.separator(context, option) + option)
+
+def _common_prefix(rows: Sequence[Sequence[int]]) -> list[int]:
+    shared: list[int] = []
+    for tokens in zip(*rows, strict=False):
+        if len(set(tokens)) > 1:
+            break
+        shared.append(tokens[0])
+    return shared

@@ -78,7 +78,8 @@ def _errors() -> tuple[type[Exception], ...]:
     from huggingface_hub import errors
 
     # Its HTTP library changed between versions, so the base class is taken from where the client imports it.
-    return (OSError, ValueError, RuntimeError, errors.HTTPError)
+    client: Any = errors
+    return (OSError, ValueError, RuntimeError, client.HTTPError)
 
 
 def _revision(hub_id: str) -> str:

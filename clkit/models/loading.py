@@ -161,13 +161,23 @@ def prepare(
 ) -> nn.Module:
     """Set a loaded transformers model up for training: checkpointing, adapter, training mode."""
     if config.gradient_checkpointing:
-        module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
+        _recompute_activations(module)
     if config.lora.r:
         adapted = attach_lora(module, config.lora, generator, task_type)
         for adapter in adapted.peft_config.values():
             adapter.base_model_name_or_path = public  # the cache directory would mean nothing to another person
         module = adapted
     return module.train()
+
+
+def _recompute_activations(module: Any) -> None:
+    # Newer transformers warn about the old name. The reentrant kind needs inputs with gradients; a frozen base has
+    # none.
+    enable = getattr(module, "activation_checkpointing_enable", None) or module.gradient_checkpointing_enable
+    try:
+        enable({"use_reentrant": False})
+    except ValueError as error:
+        raise ModelError(f"`model.gradient_checkpointing`: {_first_line(error)}") from error
 
 
 def pretrained(

@@ -48,7 +48,7 @@ def attach_lora(
     )
     # The module of an encoder is on "meta" in estimates: parameters made for it must be there too.
     with seeded(generator), routed(), torch.device(next(module.parameters()).device):
-        return get_peft_model(module, adapter)  # type: ignore[arg-type]
+        return get_peft_model(module, adapter)
 
 
 def _check(module: nn.Module, config: LoraConfig) -> None:

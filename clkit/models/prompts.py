@@ -121,7 +121,3 @@ class PromptFormat:
             extra = len(self._bos)
             result.append(Tokens(self._bos + list(ids), answer_at + extra, head + extra, tail))
         return result
-
-    def tokenise_alone(self, text: str) -> list[int]:
-        """Tokens of a piece of text, without special tokens."""
-        return list(self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids)

@@ -31,7 +31,7 @@ class AvalancheConfig:
     """A benchmark by its name in Avalanche, with its own arguments."""
 
     benchmark: str = opt("", "a ready-made benchmark of avalanche.benchmarks, such as SplitMNIST")
-    kwargs: dict[str, str] = opt({}, "its arguments, such as {n_experiences: 5}; numbers, true, false, null, [lists]")
+    kwargs: dict[str, Any] = opt({}, "its arguments, such as {n_experiences: 5}; a text is read like a YAML value")
     scenario: str = opt(
         "auto",
         "auto = task where the benchmark gives task labels, class where each class is in one experience, else domain",
@@ -76,14 +76,14 @@ class AvalancheSource(TaskSource):
         """
         make = _classic()[config.benchmark]
         parameters = inspect.signature(make).parameters
-        kwargs = {key: parse_scalar(value) for key, value in config.kwargs.items()}
+        kwargs = {k: parse_scalar(v) if isinstance(v, str) else v for k, v in config.kwargs.items()}
         if "seed" in parameters:
             kwargs.setdefault("seed", seed)
         kwargs |= {key: None for key in TRANSFORMS if key in parameters}
         try:
             benchmark = make(**kwargs)
         # What torchvision, urllib and Avalanche's own checks raise for a bad argument or a download that fails.
-        except (OSError, RuntimeError, ValueError, TypeError, AssertionError) as error:
+        except (OSError, RuntimeError, ValueError, TypeError, LookupError, AssertionError, ImportError) as error:
             raise DataError(f"Avalanche can't make {config.benchmark}({config.kwargs}): {error}") from error
         return from_benchmark(benchmark, scenario=cast(Any, config.scenario))
 
@@ -152,9 +152,9 @@ def from_benchmark(
             LabelledExamples(p.inputs, torch.tensor([numbers[space, c] for c in p.targets]), p.ids)
             for p in (part, shown)
         ]
-        classes = tuple(sorted(numbers[space, c] for c in own))
-        by_number = {numbers[space, c]: c for c in own}
-        metadata = {"source_classes": [by_number[c] for c in classes], "task_label": part.task_label}
+        classes, source = zip(*sorted((numbers[space, c], c) for c in own), strict=True)
+        names = [str(c) for c in source]
+        metadata = {"class_names": names, "source_classes": list(source), "task_label": part.task_label}
         tasks.append(Task(f"task-{k + 1}", sets[0], sets[1], "classification", "accuracy", classes, metadata))
     return TaskSequence(tasks, scenario=scenario, files=files)
 
@@ -217,7 +217,9 @@ class _Read:
     task_label: int
 
     def of_classes(self, classes: Sequence[int]) -> _Read:
-        chosen = [i for i, c in enumerate(self.targets) if c in set(classes)]
+        """The part with these classes."""
+        wanted = set(classes)
+        chosen = [i for i, c in enumerate(self.targets) if c in wanted]
         return _Read(
             self.inputs[chosen], [self.targets[i] for i in chosen], [self.ids[i] for i in chosen], self.task_label
         )

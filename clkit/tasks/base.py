@@ -56,18 +56,31 @@ class EditRecord:
 class Inputs(Protocol):
     """What a classifier reads: indexable by a LongTensor, giving a batch. A Tensor is one; files can be another."""
 
-    def __len__(self) -> int: ...
-    def __getitem__(self, indices: Tensor, /) -> Tensor: ...
+    def __len__(self) -> int:
+        """How many there are."""
+
+    def __getitem__(self, indices: Tensor, /) -> Tensor:
+        """The inputs at ``indices``, as one batch."""
+
+    def subset(self, indices: Tensor, /) -> Inputs:
+        """Only the inputs at ``indices``."""
 
 
 class Examples(Protocol):
     """A set of records that never changes; ``ids`` are unique and stable from run to run."""
 
     @property
-    def ids(self) -> Sequence[str]: ...
-    def __len__(self) -> int: ...
-    def subset(self, indices: Sequence[int]) -> Examples: ...
-    def fingerprint(self) -> str: ...
+    def ids(self) -> Sequence[str]:
+        """The id of each record."""
+
+    def __len__(self) -> int:
+        """How many there are."""
+
+    def subset(self, indices: Sequence[int]) -> Examples:
+        """Only the records at ``indices``."""
+
+    def fingerprint(self) -> str:
+        """A hash of everything in them, in order."""
 
 
 @dataclass(frozen=True)
@@ -78,12 +91,14 @@ class TextExamples:
 
     @property
     def ids(self) -> Sequence[str]:
+        """The id of each record."""
         return [r.id for r in self.records]
 
     def __len__(self) -> int:
         return len(self.records)
 
     def subset(self, indices: Sequence[int]) -> TextExamples:
+        """Only the records at ``indices``."""
         return TextExamples(tuple(self.records[i] for i in indices))
 
     def fingerprint(self) -> str:
@@ -102,12 +117,14 @@ class EditExamples:
 
     @property
     def ids(self) -> Sequence[str]:
+        """The id of each record."""
         return [r.id for r in self.records]
 
     def __len__(self) -> int:
         return len(self.records)
 
     def subset(self, indices: Sequence[int]) -> EditExamples:
+        """Only the records at ``indices``."""
         return EditExamples(tuple(self.records[i] for i in indices))
 
     def fingerprint(self) -> str:
@@ -135,13 +152,14 @@ class LabelledExamples:
         return len(self.ids)
 
     def subset(self, indices: Sequence[int]) -> LabelledExamples:
+        """Only the records at ``indices``."""
         index = torch.as_tensor(list(indices), dtype=torch.long)
         if isinstance(self.inputs, tuple):
             inputs: Any = tuple(self.inputs[i] for i in index.tolist())
         elif isinstance(self.inputs, Tensor):
             inputs = self.inputs[index]
         else:
-            inputs = self.inputs.subset(index)  # type: ignore[attr-defined]
+            inputs = self.inputs.subset(index)
         return LabelledExamples(inputs, self.labels[index], [self.ids[i] for i in index.tolist()])
 
     def fingerprint(self) -> str:

@@ -91,8 +91,8 @@ class FactsSource(TaskSource):
         if config.split == "people" and config.num_tasks > config.people:
             what = f"more tasks than people (got {config.num_tasks}, expected at most {config.people})"
             problems.append(Problem("tasks.num_tasks", what))
-        if config.metric.startswith("option-") and config.options < 2:
-            what = f"metric '{config.metric}' needs at least 2 answers to choose from (got {config.options})"
+        if config.options == 1 or (config.metric.startswith("option-") and config.options < 2):
+            what = f"a choice needs at least 2 answers (metric '{config.metric}', got {config.options})"
             problems.append(Problem("tasks.options", what))
         most = min((len(RELATIONS[name].answers) for name in config.relations if name in RELATIONS), default=0)
         if most and config.options > most:
@@ -152,8 +152,7 @@ def edits(config: FactsConfig, seed: int, count: int = 0) -> EditExamples:
         DataError: there are not that many facts to edit; one must be left untouched in each relation.
     """
     facts = invent(config, seed)
-    rng = stream(seed, "edits")
-    order = [facts[i] for i in rng.permutation(len(facts)).tolist()]
+    order = [facts[i] for i in stream(seed, "edits").permutation(len(facts)).tolist()]
     count = count or len(facts) // 2
     # One fact of each relation stays as it is, so that there is something for locality questions to ask about.
     kept = {name: next(f for f in order if f.relation == name) for name in config.relations}
@@ -166,6 +165,7 @@ def edits(config: FactsConfig, seed: int, count: int = 0) -> EditExamples:
     untouched = [f for f in order if f not in set(chosen)]
     records = []
     for k, fact in enumerate(chosen):
+        rng = stream(seed, f"edit {fact.key}")
         others = [a for a in RELATIONS[fact.relation].answers if a != fact.answer]
         target = others[int(rng.integers(len(others)))]
         if k % 2 == 0:

@@ -11,18 +11,17 @@ from typing import Any, ClassVar
 import numpy as np
 import PIL.Image
 import torch
+from numpy.typing import NDArray
 
 from clkit.config import opt
 from clkit.errors import DataError, Problem, did_you_mean
 from clkit.tasks.assemble import Named, NamedTask, RawTask, build_sequence, classification_sequence
 from clkit.tasks.base import TaskSequence
 from clkit.tasks.images import DECODE_ERRORS, pixel_ids, to_array
-from clkit.tasks.jsonl import record_problems
 from clkit.tasks.readers import Row
-from clkit.tasks.records import RecordsConfig
+from clkit.tasks.records import RecordsConfig, record_problems
 from clkit.tasks.sampling import held_out
 from clkit.tasks.source import TaskSource
-from clkit.tasks.splits import split_problems
 
 
 @dataclass
@@ -47,7 +46,8 @@ class HubSource(TaskSource):
     @classmethod
     def check(cls, config: HubConfig) -> list[Problem]:
         """Options that exclude each other. Whether a data set exists is known only when it is read."""
-        problems = record_problems(config)
+        single = len(config.datasets) == 1 and not config.task_column
+        problems = record_problems(config, single)
         if not config.datasets:
             problems.append(Problem("tasks.datasets", "is empty; give at least one data set"))
         if config.task_column and len(config.datasets) > 1:
@@ -55,8 +55,6 @@ class HubSource(TaskSource):
             problems.append(Problem("tasks.task_column", what))
         if config.image_field and config.kind != "classification":
             problems.append(Problem("tasks.image_field", f"needs kind classification (got '{config.kind}')"))
-        if config.kind == "classification" and len(config.datasets) == 1 and not config.task_column:
-            problems += split_problems(config)
         for entry in config.datasets:
             path = Path(entry).expanduser()
             if entry.startswith((".", "/", "~")) and not path.is_dir():
@@ -72,27 +70,62 @@ class HubSource(TaskSource):
             DataError: a data set, a split or a column is missing, or rows are malformed.
         """
         problems: list[Problem] = []
-        files: list[Path] = []
-        loaded = []
+        tasks: list[_Loaded] = []
         for entry in config.datasets:
             try:
-                train, eval = _load(entry, config)
+                tasks += _by_column(_load(entry, config), config.task_column)
             except DataError as error:
                 problems.append(Problem(entry, str(error)))
-                continue
-            files += [Path(f["filename"]) for part in (train, eval) if part is not None for f in part.cache_files]
-            loaded += _by_column(entry, train, eval, config, problems)
+        files = list(dict.fromkeys(file for task in tasks for part in task.parts for file in part.files))
         if config.image_field:
-            return _image_tasks(loaded, config, seed, files, problems)
-        raw = [
-            RawTask(name, name, _rows(name, train), None if eval is None else _rows(f"{name}[eval]", eval))
-            for name, train, eval in loaded
-        ]
-        return build_sequence(raw, [], config, seed, list(dict.fromkeys(files)), problems)
+            return _image_tasks(tasks, config, seed, files, problems)
+        raw = [RawTask(task.name, task.parts[0].where, *(_rows(part) for part in task.parts)) for task in tasks]
+        return build_sequence(raw, [], config, seed, files, problems)
 
 
-def _load(entry: str, config: HubConfig) -> tuple[Any, Any]:
-    """The training and the evaluation split; the latter None when some of the former is to be held out.
+@dataclass(frozen=True)
+class _Part:
+    """Some rows of a split; ``numbers`` are their places in it, from 1, for error messages."""
+
+    where: str
+    dataset: Any
+    numbers: Sequence[int]
+
+    @property
+    def files(self) -> list[Path]:
+        return [Path(file["filename"]) for file in self.dataset.cache_files]
+
+    def column(self, column: str) -> list[Any]:
+        """Values, with the names of classes where there are any; -1, which means unlabelled, becomes None.
+
+        Raises:
+            DataError: there is no such column.
+        """
+        from datasets import ClassLabel
+
+        if column not in self.dataset.column_names:
+            raise DataError(f"has no column '{column}'.{did_you_mean(column, self.dataset.column_names)}")
+        feature, values = self.dataset.features[column], list(self.dataset[column])
+        if not isinstance(feature, ClassLabel):
+            return values
+        return [None if v is None or v < 0 else feature.int2str(v) for v in values]
+
+    def rows_with(self, values: Sequence[Any], wanted: str) -> _Part:
+        """The rows whose value is the wanted one."""
+        chosen = [i for i, value in enumerate(values) if str(value) == wanted]
+        return _Part(self.where, self.dataset.select(chosen), [self.numbers[i] for i in chosen])
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """A task: its training rows and, unless some of them are to be held out, its evaluation rows."""
+
+    name: str
+    parts: tuple[_Part, ...]
+
+
+def _load(entry: str, config: HubConfig) -> _Loaded:
+    """Load a data set from disk or from the hub.
 
     Raises:
         DataError: the data set or a split can't be loaded.
@@ -111,128 +144,109 @@ def _load(entry: str, config: HubConfig) -> tuple[Any, Any]:
     # Missing, private or malformed data sets, no network, scripts (which are refused): all say what is wrong.
     except (OSError, ValueError, KeyError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise DataError(f"can't be loaded: {str(error).strip()}") from error
+    name = path.name.replace(":", "-")
     if isinstance(found, datasets.Dataset):
-        return found, None
-    for split in (config.train_split, config.eval_split):
-        if split and split not in found:
-            near = did_you_mean(split, found)
-            hint = (
-                "" if split == config.train_split else " With eval_split '' a part of the training split is held out."
-            )
-            raise DataError(f"has no split '{split}'.{near} It has: {', '.join(found)}.{hint}")
-    return found[config.train_split], found[config.eval_split] if config.eval_split else None
+        found, splits = {config.train_split: found}, [config.train_split]
+    else:
+        splits = [split for split in (config.train_split, config.eval_split) if split]
+    for split in splits:
+        if split not in found:
+            hint = "" if split == config.train_split else " With eval_split '' some training data are held out."
+            raise DataError(f"has no split '{split}'.{did_you_mean(split, found)} It has: {', '.join(found)}.{hint}")
+    parts = (_Part(f"{name}[{split}]", found[split], range(1, len(found[split]) + 1)) for split in splits)
+    return _Loaded(name, tuple(parts))
 
 
-def _by_column(
-    entry: str, train: Any, eval: Any, config: HubConfig, problems: list[Problem]
-) -> list[tuple[str, Any, Any]]:
-    """The data set as one task, or one task for each value of ``task_column``."""
-    name = Path(entry).name.replace(":", "-")
-    column = config.task_column
+def _by_column(loaded: _Loaded, column: str) -> list[_Loaded]:
+    """The data set as one task, or one task for each value of the column.
+
+    Raises:
+        DataError: there is no such column, a value is missing, or one is in one split only.
+    """
     if not column:
-        return [(name, train, eval)]
-    parts = [part for part in (train, eval) if part is not None]
-    if any(column not in part.column_names for part in parts):
-        near = did_you_mean(column, train.column_names)
-        problems.append(Problem("tasks.task_column", f"'{entry}' has no column '{column}'.{near}"))
-        return []
-    values = [[str(v) for v in _named_column(part, column)] for part in parts]
-    only = sorted(set(values[-1]) ^ set(values[0]))
-    if only:
-        what = f"these values of '{column}' are in one split only: {', '.join(only[:10])}"
-        problems.append(Problem(entry, what))
-        return []
+        return [loaded]
+    values = [part.column(column) for part in loaded.parts]
+    if any(v is None for found in values for v in found):
+        raise DataError(f"column '{column}' has empty values, which belong to no task")
+    names = [{str(v) for v in found} for found in values]
+    if lonely := sorted(names[0] ^ names[-1]):
+        raise DataError(f"these values of '{column}' are in one split only: {', '.join(lonely[:10])}")
     return [
-        (
-            value,
-            *(
-                part.select([i for i, v in enumerate(found) if v == value])
-                for part, found in zip(parts, values, strict=True)
-            ),
-            *([None] if eval is None else []),
-        )
-        for value in sorted(set(values[0]))
+        _Loaded(name, tuple(part.rows_with(v, name) for part, v in zip(loaded.parts, values, strict=True)))
+        for name in sorted(names[0])
     ]
 
 
-def _named_column(dataset: Any, column: str) -> list[Any]:
-    """A column with the names of its classes where it has them; -1, which means unlabelled, becomes None."""
+def _rows(part: _Part) -> list[Row]:
     from datasets import ClassLabel
 
-    feature, values = dataset.features[column], dataset[column][:]
-    if not isinstance(feature, ClassLabel):
-        return list(values)
-    return [None if v is None or v < 0 else feature.int2str(v) for v in values]
-
-
-def _rows(name: str, dataset: Any) -> list[Row]:
-    from datasets import ClassLabel
-
-    rows = list(dataset)
-    for column, feature in dataset.features.items():
+    rows = list(part.dataset)
+    for column, feature in part.dataset.features.items():
         if isinstance(feature, ClassLabel):
-            for row, value in zip(rows, _named_column(dataset, column), strict=True):
+            for row, value in zip(rows, part.column(column), strict=True):
                 row[column] = value
-    return [Row(f"{name}:{number}", row) for number, row in enumerate(rows, start=1)]
+    return [Row(f"{part.where}:{number}", row) for number, row in zip(part.numbers, rows, strict=True)]
 
 
 def _image_tasks(
-    loaded: Sequence[tuple[str, Any, Any]], config: HubConfig, seed: int, files: Sequence[Path], problems: list[Problem]
+    loaded: Sequence[_Loaded], config: HubConfig, seed: int, files: Sequence[Path], problems: list[Problem]
 ) -> TaskSequence:
     count: dict[str, int] = {}  # training ids are unique over all tasks
     tasks = []
-    for name, train, eval in loaded:
-        parts = [_decode(name, train, config, count, problems)]
-        if eval is not None:
-            parts.append(_decode(f"{name}[eval]", eval, config, {}, problems))
-        elif not problems:
+    for task in loaded:
+        parts = [
+            decoded
+            for part, seen in zip(task.parts, (count, {}), strict=False)
+            if (decoded := _decode(part, config, seen, problems)) is not None
+        ]
+        if problems:
+            continue
+        if len(parts) == 1:
             kept, out = held_out(parts[0].ids, parts[0].labels, config.eval_fraction, seed)
             parts = [_subset(parts[0], kept), _subset(parts[0], out)]
-        tasks.append(NamedTask(name, parts[0], parts[-1], {}))
-    return classification_sequence(tasks, config, seed, list(dict.fromkeys(files)), problems)
+        tasks.append(NamedTask(task.name, parts[0], parts[1], {}))
+    return classification_sequence(tasks, config, seed, files, problems)
 
 
 def _subset(part: Named, indices: list[int]) -> Named:
-    return Named(
-        part.inputs[indices], *([values[i] for i in indices] for values in (part.labels, part.ids, part.where))
-    )
+    labels, ids, where = ([values[i] for i in indices] for values in (part.labels, part.ids, part.where))
+    return Named(part.inputs[indices], labels, ids, where)
 
 
-def _decode(name: str, dataset: Any, config: HubConfig, count: dict[str, int], problems: list[Problem]) -> Named:
-    """All images of a split as one uint8 tensor (N, C, H, W) with the names of their classes."""
+def _decode(part: _Part, config: HubConfig, count: dict[str, int], problems: list[Problem]) -> Named | None:
+    """All images of a part as one uint8 tensor (N, C, H, W) with the names of their classes; None if there is none."""
     from datasets import Image
 
-    empty = Named(torch.empty(0), [], [], [])
-    for column in (config.image_field, config.label_field):
-        if column not in dataset.column_names:
-            problems.append(Problem(name, f"has no column '{column}'.{did_you_mean(column, dataset.column_names)}"))
-            return empty
-    if not isinstance(dataset.features[config.image_field], Image):
-        problems.append(Problem(name, f"column '{config.image_field}' holds no images"))
-        return empty
-    encoded = dataset.cast_column(config.image_field, Image(decode=False))
-    labels = _named_column(dataset, config.label_field)
-    arrays, names, where = [], [], []
-    for number, (row, label) in enumerate(zip(encoded, labels, strict=True), start=1):
-        place = f"{name}:{number}"
-        if label is None:
-            problems.append(Problem(place, f"'{config.label_field}' is empty"))
-            continue
-        raw = row[config.image_field]
+    columns = part.dataset.column_names
+    missing = [column for column in (config.image_field, config.label_field) if column not in columns]
+    found = [f"has no column '{column}'.{did_you_mean(column, columns)}" for column in missing]
+    if config.image_field in columns and not isinstance(part.dataset.features[config.image_field], Image):
+        found.append(f"column '{config.image_field}' holds no images")
+    if found:
+        problems += [Problem(part.where, what) for what in found]
+        return None
+    labels = part.column(config.label_field)
+    encoded = part.dataset.cast_column(config.image_field, Image(decode=False))[config.image_field]
+    arrays: list[NDArray[np.uint8]] = []
+    names, where = [], []
+    for number, raw, label in zip(part.numbers, encoded, labels, strict=True):
+        place = f"{part.where}:{number}"
         try:
             with PIL.Image.open(io.BytesIO(raw["bytes"]) if raw["bytes"] else raw["path"]) as image:
-                arrays.append(to_array(image, config.image_mode, config.image_size))
-        except (*DECODE_ERRORS, TypeError) as error:  # a TypeError where the row has no image at all
+                array = to_array(image, config.image_mode, config.image_size)
+        except (*DECODE_ERRORS, TypeError, AttributeError) as error:  # the latter two where a row has no image
             problems.append(Problem(place, f"can't be decoded: {error}"))
             continue
-        if arrays[-1].shape != arrays[0].shape:
-            got, first = (f"{a.shape[2]} x {a.shape[1]}" for a in (arrays[-1], arrays[0]))
+        if label is None:
+            problems.append(Problem(place, f"'{config.label_field}' is empty"))
+        if arrays and array.shape != arrays[0].shape:
+            got, first = (f"{a.shape[2]} x {a.shape[1]}" for a in (array, arrays[0]))
             problems.append(Problem(place, f"is {got} pixels, the first image {first}; set image_size"))
-            arrays.pop()
             continue
+        arrays.append(array)
         names.append(str(label))
         where.append(place)
     if not arrays:
-        problems.append(Problem(name, "has no usable images"))
-        return empty
+        problems.append(Problem(part.where, "has no usable images"))
+        return None
     return Named(torch.from_numpy(np.stack(arrays)), names, pixel_ids(arrays, count), where)

@@ -63,10 +63,11 @@ class ImageFolderSource(TaskSource):
         root = Path(config.root).expanduser()
         folders = [root / part for part in PARTS] if _has_parts(root) else [root]
         names = _classes(folders[0])
+        both = {name for folder in folders for name in _classes(folder)}
         problems = [
-            Problem(str(folder / other), "this class is not in the other folder")
-            for folder in folders[1:]
-            for other in sorted(set(names) ^ set(_classes(folder)))
+            Problem(str(folder / name), "is missing; every class needs a train and a test folder")
+            for folder in folders
+            for name in sorted(both - set(_classes(folder)))
         ]
         every = [_examples(folder, names, config, problems) for folder in folders]
         if problems:

@@ -24,7 +24,7 @@ def to_array(image: Image.Image, mode: str, size: int = 0) -> NDArray[np.uint8]:
     image = ImageOps.exif_transpose(image).convert(mode)
     if size and image.size != (size, size):
         image = ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR)
-    array = np.asarray(image)
+    array = np.array(image)  # a copy, because torch wants to own what it writes to
     return np.ascontiguousarray(array[None] if array.ndim == 2 else array.transpose(2, 0, 1))
 
 

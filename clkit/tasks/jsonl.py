@@ -11,9 +11,8 @@ from clkit.errors import Problem, did_you_mean
 from clkit.tasks.assemble import RawTask, build_sequence
 from clkit.tasks.base import TaskSequence
 from clkit.tasks.readers import READERS, read_rows
-from clkit.tasks.records import RecordsConfig
+from clkit.tasks.records import RecordsConfig, record_problems
 from clkit.tasks.source import TaskSource
-from clkit.tasks.splits import split_problems
 
 EVAL_NAMES = ("test", "eval", "dev", "valid", "validation")
 
@@ -48,7 +47,7 @@ class JsonlSource(TaskSource):
     @classmethod
     def check(cls, config: JsonlConfig) -> list[Problem]:
         """Files that are missing or of an unknown type, names used twice, options that exclude each other."""
-        problems = record_problems(config)
+        problems = record_problems(config, single=len(config.tasks) == 1)
         if not config.tasks:
             problems.append(Problem("tasks.tasks", "is empty; give at least one file or folder"))
         root = Path(config.root).expanduser()
@@ -61,13 +60,6 @@ class JsonlSource(TaskSource):
             problems.append(Problem("tasks.tasks", f"two entries make a task named '{name}'; rename a file or folder"))
         if config.holdout and config.kind == "classification":
             problems.append(Problem("tasks.holdout", "works for kind text and edit, not classification"))
-        if len(config.tasks) > 1 and config.kind == "classification":
-            for key in ("num_tasks", "class_order"):
-                if getattr(config, key):
-                    what = "splits a single file; with several files each file is a task. Remove it"
-                    problems.append(Problem(f"tasks.{key}", what))
-        elif config.kind == "classification":
-            problems += split_problems(config)
         return problems
 
     @classmethod
@@ -97,17 +89,6 @@ class JsonlSource(TaskSource):
                     eval = read(found.train)
                 raw.append(RawTask(found.name, str(found.train or found.eval), train, eval))
         return build_sequence(parts["tasks"], parts["holdout"], config, seed, files, problems)
-
-
-def record_problems(config: RecordsConfig) -> list[Problem]:
-    """Options that exclude each other in any source whose data are records."""
-    problems = []
-    if config.kind == "classification" and config.metric not in ("auto", "accuracy"):
-        what = f"classification is scored by accuracy (got '{config.metric}')"
-        problems.append(Problem("tasks.metric", what))
-    needed = ["prompt_field", *({"text": ["answer_field"], "edit": ["target_field"]}.get(config.kind, []))]
-    problems += [Problem(f"tasks.{key}", "must name a column (got '')") for key in needed if not getattr(config, key)]
-    return problems
 
 
 def _find(root: Path, entry: str, key: str, problems: list[Problem]) -> _Files | None:

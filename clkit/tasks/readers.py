@@ -63,7 +63,7 @@ def _json_lines(path: Path, text: str, problems: list[Problem]) -> list[Row]:
         try:
             value = json.loads(line)
         except (ValueError, RecursionError) as error:
-            problems.append(Problem(where, f"not valid JSON: {_reason(error)}"))
+            problems.append(Problem(where, f"not valid JSON: {json_reason(error)}"))
         else:
             _add(rows, where, value, problems)
     return rows
@@ -82,7 +82,7 @@ def _read_json(path: Path, problems: list[Problem]) -> list[Row]:
             _add(rows, f"{path}:{line}", value, problems)
     except (ValueError, RecursionError) as error:
         line = getattr(error, "lineno", line)
-        problems.append(Problem(f"{path}:{line}", f"not valid JSON: {_reason(error)}"))
+        problems.append(Problem(f"{path}:{line}", f"not valid JSON: {json_reason(error)}"))
     return rows
 
 
@@ -111,7 +111,8 @@ def _elements(text: str) -> Iterator[tuple[int, Any]]:
         raise json.JSONDecodeError("more text after the array", text, at)
 
 
-def _reason(error: Exception) -> str:
+def json_reason(error: Exception) -> str:
+    """Why ``json.loads`` failed, in a few words."""
     if isinstance(error, json.JSONDecodeError):
         return f"{error.msg} at column {error.colno}"
     return "nested too deeply" if isinstance(error, RecursionError) else str(error)
@@ -144,16 +145,20 @@ def _read_csv(path: Path, problems: list[Problem]) -> list[Row]:
 
 
 def _read_parquet(path: Path, problems: list[Problem]) -> list[Row]:
-    from datasets import Dataset
-    from datasets.exceptions import DatasetsError
+    import datasets
 
+    bars = not datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()  # one file is read in a moment
     try:
         with tempfile.TemporaryDirectory() as cache:
-            table = Dataset.from_parquet(str(path), cache_dir=cache, keep_in_memory=True)
+            table = datasets.Dataset.from_parquet(str(path), cache_dir=cache, keep_in_memory=True)
             values = table.to_list()
-    except (ValueError, DatasetsError) as error:
+    except (ValueError, datasets.exceptions.DatasetsError) as error:
         problems.append(Problem(str(path), f"not a readable parquet file: {error.__cause__ or error}"))
         return []
+    finally:
+        if bars:
+            datasets.enable_progress_bars()
     return [Row(f"{path}:{number}", row) for number, row in enumerate(values, start=1)]
 
 

@@ -10,8 +10,8 @@ from typing import Any
 from clkit.config import opt
 from clkit.errors import Problem, did_you_mean
 from clkit.tasks.base import EditRecord, TextRecord, content_id
-from clkit.tasks.readers import Row
-from clkit.tasks.splits import SplitConfig
+from clkit.tasks.readers import Row, json_reason
+from clkit.tasks.splits import SplitConfig, split_problems
 
 MAX_LABELS = 20
 
@@ -48,6 +48,28 @@ class RecordsConfig(SplitConfig):
     train_limit: int = opt(0, "training records per task (classification: per class); 0 = all", min=0)
     eval_limit: int = opt(0, "evaluation records per task (classification: per class); 0 = all", min=0)
     max_chars: int = opt(100_000, "longest text of a record in characters", min=1)
+
+
+def record_problems(config: RecordsConfig, single: bool) -> list[Problem]:
+    """Options that exclude each other.
+
+    Args:
+        config: the options.
+        single: there is one data set, which a classification splits by class; else each is a task.
+    """
+    problems = []
+    classification = config.kind == "classification"
+    if classification and config.metric not in ("auto", "accuracy"):
+        problems.append(Problem("tasks.metric", f"classification is scored by accuracy (got '{config.metric}')"))
+    needed = ["prompt_field", *({"text": ["answer_field"], "edit": ["target_field"]}.get(config.kind, []))]
+    problems += [Problem(f"tasks.{key}", "must name a column (got '')") for key in needed if not getattr(config, key)]
+    if classification and single:
+        return problems + split_problems(config)
+    why = "with several of them each is a task" if classification else f"kind '{config.kind}' has no classes"
+    for key in ("num_tasks", "class_order", "order_seed"):
+        if getattr(config, key) != SplitConfig.__dataclass_fields__[key].default and getattr(config, key) != []:
+            problems.append(Problem(f"tasks.{key}", f"splits a single data set by class; {why}. Remove it"))
+    return problems
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,8 +214,8 @@ class RowParser:
         if isinstance(value, str):  # a cell of a CSV file
             try:
                 value = json.loads(value) if value.startswith("[") else [part.strip() for part in value.split("|")]
-            except json.JSONDecodeError as error:
-                self._problem(row, f"'{column}' starts like a JSON array but is none: {error.msg}")
+            except (ValueError, RecursionError) as error:
+                self._problem(row, f"'{column}' starts like a JSON array but is none: {json_reason(error)}")
                 return None
         if value is None:
             return None

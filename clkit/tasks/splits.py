@@ -32,7 +32,7 @@ class SplitConfig:
     )
     classes_per_task: int = opt(2, "classes in each task; what remains makes a smaller last task", min=1)
     num_tasks: int = opt(0, "number of tasks, as even as possible; when above 0, classes_per_task is not used", min=0)
-    class_order: list[str] = opt([], "every class once, by name or number; empty = the data set's order, or order_seed")
+    class_order: list[Any] = opt([], "every class once, by name or number; empty = the data set's order, or order_seed")
     order_seed: int | None = opt(None, "shuffle the classes with numpy's RandomState of this seed", min=0)
     domain: str = opt(
         "shards",
@@ -81,7 +81,7 @@ def split_problems(config: SplitConfig, class_names: Sequence[str] | None = None
     return problems
 
 
-def _order_problems(order: Sequence[str], class_names: Sequence[str]) -> list[Problem]:
+def _order_problems(order: Sequence[Any], class_names: Sequence[str]) -> list[Problem]:
     where = "tasks.class_order"
     problems = []
     seen: list[int] = []
@@ -189,15 +189,18 @@ def _by_domain(
 ) -> list[Task]:
     count = config.num_tasks
     if config.domain == "shards":
-        pairs = list(
-            zip(
-                _shards(train, "train", class_names, count, seed),
-                _shards(eval, "eval", class_names, count, seed),
-                strict=True,
-            )
-        )
+        problems = [
+            Problem(f"class '{name}'", f"has {size} {part} examples, fewer than the {count} tasks")
+            for part, examples in (("train", train), ("eval", eval))
+            for name, size in zip(class_names, examples.labels.bincount().tolist(), strict=True)
+            if size < count
+        ]
+        if problems:
+            raise DataError.collect("The data can't be split into tasks:", problems)
+        shards = [_shards(train, "train", count, seed), _shards(eval, "eval", count, seed)]
+        pairs = list(zip(*shards, strict=True))
     else:
-        pairs = [tuple(_transformed(e, k, config, seed) for e in (train, eval)) for k in range(count)]  # type: ignore[misc]
+        pairs = [(_transformed(train, k, config, seed), _transformed(eval, k, config, seed)) for k in range(count)]
     metadata = {"class_names": list(class_names), "source_classes": list(range(len(class_names)))}
     classes = range(len(class_names))
     return [_task(f"task-{k}", a, b, classes, metadata) for k, (a, b) in enumerate(pairs, start=1)]
@@ -209,19 +212,9 @@ def _task(
     return Task(name, train, eval, "classification", "accuracy", tuple(classes), metadata)
 
 
-def _shards(
-    examples: LabelledExamples, part: str, class_names: Sequence[str], count: int, seed: int
-) -> list[LabelledExamples]:
+def _shards(examples: LabelledExamples, part: str, count: int, seed: int) -> list[LabelledExamples]:
     """Deal the examples out, class after class, so that sizes differ by at most one in total and per class."""
     labels = examples.labels.tolist()
-    sizes = np.bincount(labels, minlength=len(class_names))
-    problems = [
-        Problem(f"class '{name}'", f"has {size} {part} examples, fewer than the {count} tasks")
-        for name, size in zip(class_names, sizes, strict=True)
-        if size < count
-    ]
-    if problems:
-        raise DataError.collect("The data can't be split into tasks:", problems)
     order = sorted(ranked(examples.ids, seed, f"shards {part}"), key=labels.__getitem__)
     return [examples.subset(sorted(order[k::count])) for k in range(count)]
 

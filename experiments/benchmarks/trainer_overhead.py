@@ -131,7 +131,8 @@ def llm(rounds: int) -> None:
         for rows in torch.randperm(len(tokens)).split(4):
             ids = tokens[rows]
             with autocast:
-                loss = model.module(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids, use_cache=False).loss
+                mask = torch.ones_like(ids)
+                loss = model.module(input_ids=ids, attention_mask=mask, labels=ids, use_cache=False).loss
             loss.backward()
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()

@@ -8,7 +8,6 @@ import statistics
 import subprocess
 import sys
 import time
-
 from pathlib import Path
 
 import pytest
@@ -47,7 +46,9 @@ def test_metrics_import_nothing_but_numpy_and_scipy():
 def test_the_trainer_knows_models_strategies_and_engines_by_contract_only():
     inside = {m for m in imports(ROOT / "clkit/trainer.py") if m.startswith("clkit.models") and m.count(".") == 2}
     assert inside <= {"clkit.models.base"}
-    assert not {m for m in imports(ROOT / "clkit/trainer.py") if m.startswith(("transformers", "peft", "deepspeed", "opacus"))}
+    assert not {
+        m for m in imports(ROOT / "clkit/trainer.py") if m.startswith(("transformers", "peft", "deepspeed", "opacus"))
+    }
 
 
 def test_nothing_pickles_and_nothing_asserts_on_users():
@@ -68,9 +69,13 @@ def test_no_file_outgrows_its_subject():
 
 
 def test_every_package_directory_is_installed():
-    listed = set(pytest.importorskip("tomllib").loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"])
+    listed = set(
+        pytest.importorskip("tomllib").loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    )
     found = {".".join(p.parent.relative_to(ROOT).parts) for p in files("clkit") if p.name == "__init__.py"}
-    found |= {".".join(("clkit", *p.parent.relative_to(ROOT).parts)) for p in files("strategies") if p.name == "__init__.py"}
+    found |= {
+        ".".join(("clkit", *p.parent.relative_to(ROOT).parts)) for p in files("strategies") if p.name == "__init__.py"
+    }
     assert listed == found | {"clkit.configs"}
 
 
@@ -91,6 +96,9 @@ def test_help_and_listings_take_at_most_ten_times_an_empty_python():
         subprocess.run([sys.executable, *arguments], capture_output=True, check=True)
         return time.perf_counter() - since
 
-    rounds = [(seconds("-c", "pass"), seconds("-m", "clkit.cli", "--help"), seconds("-m", "clkit.cli", "ls")) for _ in range(7)]
+    rounds = [
+        (seconds("-c", "pass"), seconds("-m", "clkit.cli", "--help"), seconds("-m", "clkit.cli", "ls"))
+        for _ in range(7)
+    ]
     empty, help_, listing = (statistics.median(r[i] for r in rounds) for i in range(3))
     assert help_ <= 10 * empty and listing <= 10 * empty, (empty, help_, listing)

@@ -17,7 +17,16 @@ import yaml
 from clkit.checkpoint import read_checkpoint
 
 KILLS = 20
-PRELOAD = ["torch", "transformers", "peft", "clkit.api", "clkit.cli", "clkit.strategies.replay", "clkit.tasks.jsonl", "clkit.tasks.digits"]
+PRELOAD = [
+    "torch",
+    "transformers",
+    "peft",
+    "clkit.api",
+    "clkit.cli",
+    "clkit.strategies.replay",
+    "clkit.tasks.jsonl",
+    "clkit.tasks.digits",
+]
 
 # Places where a process dies in the middle of what it does: module, class or None, function, which call of it.
 PLACES = [
@@ -82,7 +91,9 @@ def outcome(run_dir: Path):
     state = read_checkpoint(newest)
     files = {f: (run_dir / f).read_bytes() for f in ("metrics.json", "matrix.json")}
     files["matrix.json"] = files["matrix.json"].replace(str(run_dir).encode(), b"")
-    steps = [line.split('"time"')[0] for line in (run_dir / "events.jsonl").read_text().splitlines() if '"step"' in line]
+    steps = [
+        line.split('"time"')[0] for line in (run_dir / "events.jsonl").read_text().splitlines() if '"step"' in line
+    ]
     return files, state, steps
 
 
@@ -102,7 +113,9 @@ def assert_same(ours, theirs):
             for i, (x, y) in enumerate(zip(a, b, strict=True)):
                 walk(x, y, f"{where}/{i}")
         elif isinstance(a, torch.Tensor):
-            assert torch.equal(a.nan_to_num(-1) if a.is_floating_point() else a, b.nan_to_num(-1) if b.is_floating_point() else b), where
+            assert torch.equal(
+                a.nan_to_num(-1) if a.is_floating_point() else a, b.nan_to_num(-1) if b.is_floating_point() else b
+            ), where
         else:
             assert a == b, where
 

@@ -23,13 +23,17 @@ def call(*command: str, **environment: str) -> str:
 @pytest.mark.slow
 def test_a_wheel_in_an_empty_environment_imports_framework_and_strategies_and_ships_the_configs(tmp_path):
     source = tmp_path / "source"
-    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".git", "build", "*.egg-info", "runs", ".*_cache", ".venv*"))
+    shutil.copytree(
+        ROOT, source, ignore=shutil.ignore_patterns(".git", "build", "*.egg-info", "runs", ".*_cache", ".venv*")
+    )
     call(sys.executable, "-m", "build", "--wheel", "--outdir", str(tmp_path / "dist"), str(source))
     (wheel,) = (tmp_path / "dist").glob("*.whl")
     venv.create(tmp_path / "empty", with_pip=True)
     python = str(tmp_path / "empty" / "bin" / "python")
     call(python, "-m", "pip", "install", "--quiet", "--no-deps", str(wheel))
-    where = call(python, "-c", "import clkit, clkit.strategies; print(clkit.__file__, clkit.strategies.__file__)", PYTHONPATH="")
+    where = call(
+        python, "-c", "import clkit, clkit.strategies; print(clkit.__file__, clkit.strategies.__file__)", PYTHONPATH=""
+    )
     assert str(tmp_path / "empty") in where.split()[0] and str(tmp_path / "empty") in where.split()[1]
     installed = Path(where.split()[0]).parent
     for folder, target in (("clkit", "."), ("strategies", "strategies"), ("configs", "configs")):
@@ -71,7 +75,18 @@ def test_a_package_of_somebody_else_adds_strategy_source_and_metric_by_entry_poi
         "    def score(self, scoring, indices):\n        return [Detail(scoring.encoded.ids[i], 0.5) for i in indices]\n"
     )
     site = tmp_path / "site"
-    call(sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--target", str(site), str(package))
+    call(
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--no-deps",
+        "--no-build-isolation",
+        "--target",
+        str(site),
+        str(package),
+    )
     found = {"PYTHONPATH": str(site)}
     assert "A strategy that learns nothing" in call(sys.executable, "-m", "clkit.cli", "ls", "strategies", **found)
     config = tmp_path / "c.yaml"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -81,7 +82,7 @@ def test_a_finished_run_is_not_done_again_and_another_configuration_is_refused(t
 def test_changed_data_under_an_unfinished_run_is_refused(text_content):
     run(text_content)
     file = text_content["tasks"]["tasks"][1]
-    with open(file, "a") as stream:
+    with Path(file).open("a") as stream:
         stream.write('{"prompt": "blue 99", "answer": "a", "options": ["a", "b"]}\n')
     with pytest.raises(CheckpointError, match=r"data\.blue\.train"):
         run(text_content)
@@ -125,7 +126,7 @@ def test_control_c_saves_the_state_and_the_same_command_goes_on(text_content, tm
 def test_the_run_directory_says_what_was_run(text_content):
     result = run(text_content)
     facts = json.loads((result.run_dir / "run.json").read_text())
-    assert facts["versions"]["torch"] == torch.__version__.partition('+')[0]
+    assert facts["versions"]["torch"] == torch.__version__.partition("+")[0]
     assert set(facts["data"]) == {"red", "blue", "green"}
     assert all(len(h) == 64 for h in facts["files"].values()) and len(facts["files"]) == 3
     metrics = json.loads((result.run_dir / "metrics.json").read_text())
@@ -134,7 +135,9 @@ def test_the_run_directory_says_what_was_run(text_content):
 
 
 def test_schedules_and_optimizer_state_can_go_on_over_tasks(text_content):
-    result = run(text_content, train={"schedule": "linear", "schedule_scope": "run", "warmup": 0.2, "reset_optimizer": False})
+    result = run(
+        text_content, train={"schedule": "linear", "schedule_scope": "run", "warmup": 0.2, "reset_optimizer": False}
+    )
     events = [json.loads(line) for line in (result.run_dir / "events.jsonl").read_text().splitlines()]
     rates = [e["learning_rate"] for e in events if e["event"] == "step"]
     peak = rates.index(max(rates))

@@ -59,7 +59,7 @@ def task(count: int = 10, metric: str = "accuracy", kind: str = "classification"
     """Inputs are one-hot; the model is right where the label is the position of the one."""
     hot = torch.arange(count) % 3
     labels = torch.where(torch.arange(count) < 7, hot, (hot + 1) % 3)
-    examples = LabelledExamples(torch.eye(3)[hot], labels, [f"e{i}" for i in range(count)])
+    examples = LabelledExamples(torch.eye(3)[hot], labels, [f"e{count - i}" for i in range(count)])
     return Task("points", examples.subset([]), examples, kind, metric, classes=(0, 1, 2))
 
 
@@ -67,7 +67,7 @@ def test_accuracy_is_the_share_of_right_classes_with_one_detail_per_example_in_o
     model, points = Linear(), task()
     score = evaluate(model, points, model.encode(points.eval), metric="accuracy", options=EvalConfig(batch_size=4))
     assert score.value == pytest.approx(0.7) and score.n == 10 and score.metric == "accuracy" and score.higher_is_better
-    assert [d.id for d in score.details] == [f"e{i}" for i in range(10)]
+    assert [d.id for d in score.details] == [f"e{10 - i}" for i in range(10)]
     assert [d.value for d in score.details] == [1.0] * 7 + [0.0] * 3
     assert (score.details[8].prediction, score.details[8].gold) == ("2", "0")
     assert [len(batch) for batch in model.batches] == [4, 4, 2]

@@ -16,6 +16,11 @@ from clkit.models.causal_lm import CausalLM
 from clkit.tasks.base import TextExamples, TextRecord
 
 
+@pytest.fixture(scope="module")
+def lm():
+    return CausalLM("tiny", tiny_module(), byte_tokenizer())
+
+
 def run(lm, task, metric, **options):
     return evaluate(lm, task, lm.encode(task.eval), metric=metric, options=EvalConfig(**options))
 

@@ -1,8 +1,6 @@
 """Exemplar buffers: which records are held, with what probability, and that state and streams reproduce exactly."""
 
-import os
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +12,6 @@ from clkit.memory import Ref, make_buffer
 from clkit.memory.reservoir import reservoir_slot
 
 POLICIES = ("reservoir", "class-balanced", "ring")
-DATA = Path(os.environ.get("CLKIT_DATA", Path(__file__).resolve().parents[2].parent / "shared" / "data"))
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -141,11 +138,8 @@ class TestReservoir:
             assert reservoir_slot(n, 20, draw) == (n if n < 20 else j if j < 20 else None)
 
     @pytest.mark.parametrize("name", ["a", "b"])
-    def test_the_published_implementation_fills_the_same_slots_from_the_same_draws(self, name):
-        path = DATA.parent / "golden" / "ilora" / "ilora.npz"
-        if not path.exists():
-            pytest.skip(f"{path} is absent; set CLKIT_DATA to the folder beside `golden`")
-        with np.load(path) as stored:
+    def test_the_published_implementation_fills_the_same_slots_from_the_same_draws(self, data_root, name):
+        with np.load(data_root.parent / "golden" / "ilora" / "ilora.npz") as stored:
             golden = {key.split("/")[-1]: stored[key] for key in stored if key.startswith(f"reservoir/{name}/")}
         size, draws = int(golden["size"]), np.random.RandomState(int(golden["numpy_seed"]))
         for n, want in enumerate(golden["slots"].tolist()):

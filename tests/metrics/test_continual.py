@@ -2,8 +2,6 @@
 
 import copy
 import math
-import os
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +11,7 @@ from hypothesis.extra.numpy import arrays
 
 from clkit.metrics.continual import DEFINITIONS, label, summarize
 
+properties = settings(derandomize=True, deadline=None, max_examples=60)
 NAN = float("nan")
 ORDER_1 = [
     [98.7105, NAN, NAN, NAN],
@@ -22,7 +21,6 @@ ORDER_1 = [
 ]
 # Task 0 is best after task 1, and was better still before it was learned.
 FULL = np.array([[0.6, 0.1, 0.2], [0.8, 0.9, 0.3], [0.5, 0.4, 0.7]])
-DATA = Path(os.environ.get("CLKIT_DATA", Path(__file__).resolve().parents[2].parent / "shared" / "data"))
 
 
 def matrices(min_size: int = 2) -> st.SearchStrategy[np.ndarray]:
@@ -51,11 +49,8 @@ def test_the_published_order_1_matrix_gives_the_published_metrics():
         ("order1_olora/rougeL", 82.4512, 81.7264, 86.2539, -0.7248, -0.9664, 1.0234),
     ],
 )
-def test_the_matrices_of_published_logs_give_the_tabulated_metrics(run, mft, mfn, maa, bwt_over_T, bwt, forgetting):
-    path = DATA.parent / "golden" / "ilora" / "score_matrices.npz"
-    if not path.exists():
-        pytest.skip(f"{path} is absent; set CLKIT_DATA to the folder beside `golden`")
-    with np.load(path) as stored:
+def test_published_logs_give_the_tabulated_metrics(data_root, run, mft, mfn, maa, bwt_over_T, bwt, forgetting):
+    with np.load(data_root.parent / "golden" / "ilora" / "score_matrices.npz") as stored:
         found = summarize(stored[run])
     keys = ("learning_accuracy", "average_accuracy", "average_incremental_accuracy", "bwt_over_T", "bwt", "forgetting")
     want = (mft, mfn, maa, bwt_over_T, bwt, forgetting)
@@ -178,6 +173,7 @@ def test_a_shape_that_does_not_fit_is_an_error_that_names_the_argument(arguments
         summarize(**arguments)
 
 
+@properties
 @given(matrices())
 def test_the_inputs_are_never_changed(R):
     nested, before = R.tolist(), R.copy()
@@ -187,6 +183,7 @@ def test_the_inputs_are_never_changed(R):
     assert np.array_equal(R, before) and nested == before.tolist() and np.array_equal(initial, before[0])
 
 
+@properties
 @given(matrices(1))
 def test_every_metric_stays_within_its_stated_bounds(R):
     found = summarize(R, initial=R[0], single=R[-1])
@@ -196,6 +193,7 @@ def test_every_metric_stays_within_its_stated_bounds(R):
             assert low - 1e-12 <= found[key] <= high + 1e-12, key
 
 
+@properties
 @given(matrices(), st.floats(-5, 5), st.floats(0.1, 100))
 def test_levels_follow_a_shift_and_scale_of_the_scores_and_differences_only_the_scale(R, shift, scale):
     initial, single = R[0], R[-1]
@@ -207,6 +205,7 @@ def test_levels_follow_a_shift_and_scale_of_the_scores_and_differences_only_the_
         assert moved[key] == pytest.approx(want, rel=1e-9, abs=1e-9), key
 
 
+@properties
 @given(matrices(), st.randoms(use_true_random=False))
 def test_the_order_of_old_tasks_does_not_matter_when_they_were_measured_only_at_their_own_and_the_last_row(R, rng):
     n = len(R)
@@ -223,6 +222,7 @@ def test_the_order_of_old_tasks_does_not_matter_when_they_were_measured_only_at_
         assert matrix(last, diagonal)[key] == pytest.approx(matrix(last[order], diagonal[order])[key], abs=1e-12)
 
 
+@properties
 @given(matrices())
 def test_forgetting_is_at_least_minus_bwt_and_the_two_bwt_differ_by_their_divisor(R):
     found, n = summarize(R), len(R)
@@ -231,6 +231,7 @@ def test_forgetting_is_at_least_minus_bwt_and_the_two_bwt_differ_by_their_diviso
     assert found["worst_case_accuracy"] <= found["average_accuracy"] + 1e-12
 
 
+@properties
 @given(matrices())
 def test_turning_all_scores_round_turns_the_direction_round(R):
     up, down = summarize(R, R[0], R[-1]), summarize(-R, -R[0], -R[-1], higher_is_better=False)
@@ -239,7 +240,7 @@ def test_turning_all_scores_round_turns_the_direction_round(R):
         assert down[key] == pytest.approx(sign * up[key])
 
 
-@settings(max_examples=30)
+@properties
 @given(matrices(), st.data())
 def test_entries_that_no_formula_names_change_nothing(R, data):
     n = len(R)
@@ -252,7 +253,7 @@ def test_entries_that_no_formula_names_change_nothing(R, data):
         assert summarize(lower)["forgetting"] == part["forgetting"]
 
 
-@settings(max_examples=30)
+@properties
 @given(matrices())
 def test_forgetting_and_bwt_agree_with_avalanche_where_the_definitions_coincide(R):
     from avalanche.evaluation.metrics.forgetting_bwt import BWT, Forgetting

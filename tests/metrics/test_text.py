@@ -3,11 +3,12 @@
 import random
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clkit.metrics.text import exact_match, first_option, rouge_l, tolerant_match
 
+properties = settings(derandomize=True, deadline=None)
 LETTERS = ("A", "B", "C")
 TOPICS = ("World", "Sports", "Business", "Science or Technology")
 NLI = ("entailment", "neutral", "contradiction")
@@ -52,6 +53,8 @@ def test_exact_match_forgives_white_space_at_the_ends_and_nothing_else():
         ("Let me see.\nB", "B", LETTERS, True),
         ("", "B", LETTERS, False),
         ("D", "B", LETTERS, False),
+        ("A or B? Answer: B", "B", LETTERS, True),
+        ("A or B? Answer: B", "A", LETTERS, False),
         # options as words
         ("Sports", "Sports", TOPICS, True),
         ("sports.", "Sports", TOPICS, True),
@@ -100,6 +103,9 @@ def test_exact_match_forgives_white_space_at_the_ends_and_nothing_else():
         ("", "Paris", None, False),
         ("Paris", "", None, False),
         ("...", "!", None, False),
+        (" >= ", ">=", None, True),
+        (">", ">", ("<", ">"), True),
+        ("<", ">", ("<", ">"), False),
         # no options, a letter with an explanation
         ("B\nBecause of the scar.", "B\nOrganisms have traits.", None, True),
         ("A dog", "A", None, False),
@@ -126,12 +132,14 @@ def test_the_first_option_named_is_found_by_its_index():
     assert first_option("no idea", NLI) is None
 
 
+@properties
 @given(st.sampled_from(TOPICS + NLI + MOODS), st.sampled_from(["{}", " {}. ", "Answer: {}", "({})", "It is {}!"]))
 def test_an_answer_in_any_usual_frame_matches_itself(answer, frame):
     assert tolerant_match(frame.format(answer), answer)
     assert tolerant_match(frame.format(answer.upper()), answer.lower())
 
 
+@properties
 @given(st.text(max_size=60), st.text(max_size=20))
 def test_no_text_makes_tolerant_match_fail(prediction, gold):
     assert tolerant_match(prediction, gold) in (True, False)

@@ -140,6 +140,12 @@ def test_it_refuses_a_kind_of_task_that_it_can_not_learn(name, tmp_path):
         pytest.skip("it learns edits too")
     file = tmp_path / "edits.jsonl"
     file.write_text("".join(f'{{"prompt": "The capital of land {i} is", "target_new": "Lyon"}}\n' for i in range(10)))
-    config = resolve.validate({"output_dir": str(tmp_path / "r"), "strategy": name, "tasks": {"source": "jsonl", "kind": "edit", "tasks": [str(file)]}})
+    config = resolve.validate(
+        {
+            "output_dir": str(tmp_path / "r"),
+            "strategy": name,
+            "tasks": {"source": "jsonl", "kind": "edit", "tasks": [str(file)]},
+        }
+    )
     with pytest.raises(CapabilityError, match=f"Strategy '{name}' can't learn tasks of kind edit"):
         api.run(config)

@@ -84,7 +84,7 @@ def test_overlap_of_train_and_eval_by_content_is_counted(tmp_path):
 
 
 def test_labels_become_options_and_decide_the_metric(tmp_path):
-    rows = [{"prompt": f"p{i}", "answer": "no yes".split()[i % 2], "label": "no yes".split()[i % 2]} for i in range(6)]
+    rows = [{"prompt": f"p{i}", "answer": ["no", "yes"][i % 2], "label": ["no", "yes"][i % 2]} for i in range(6)]
     files = [write(tmp_path / "a.jsonl", rows), write(tmp_path / "b.jsonl", qa(4))]
     tasks = build_tasks("jsonl", {"tasks": files})
     assert [t.metric for t in tasks] == ["option-loglik", "exact-match"]
@@ -201,9 +201,11 @@ def test_options_that_are_wrong_are_all_told_before_anything_is_read(tmp_path):
         build_tasks("jsonl", {})
     with pytest.raises(ConfigError, match=r"tasks\.metric: classification is scored by accuracy"):
         build_tasks("jsonl", {"root": str(tmp_path), "tasks": ["news.jsonl"], "kind": "classification", "metric": "x"})
-    with pytest.raises(ConfigError, match=r"tasks\.num_tasks: splits a single file"):
+    with pytest.raises(ConfigError, match=r"tasks\.num_tasks: .* with several of them each is a task"):
         both = ["news.jsonl", "two"]
         build_tasks("jsonl", {"root": str(tmp_path), "tasks": both, "kind": "classification", "num_tasks": 2})
+    with pytest.raises(ConfigError, match=r"tasks\.order_seed: .* kind 'text' has no classes"):
+        build_tasks("jsonl", {"root": str(tmp_path), "tasks": ["news.jsonl"], "order_seed": 0})
     with pytest.raises(ConfigError, match=r"tasks\.holdout: works for kind text"):
         config = {"tasks": ["news.jsonl"], "holdout": ["only"], "kind": "classification"}
         build_tasks("jsonl", {"root": str(tmp_path), **config})

@@ -96,7 +96,9 @@ def test_duplicate_given_ids_are_errors_over_all_files_but_can_be_ignored(tmp_pa
     files = []
     for name in "ab":
         files.append(tmp_path / f"{name}.jsonl")
-        files[-1].write_text("".join(json.dumps({"prompt": f"{name}{i}", "answer": "a", "id": i}) + "\n" for i in (1, 2)))
+        files[-1].write_text(
+            "".join(json.dumps({"prompt": f"{name}{i}", "answer": "a", "id": i}) + "\n" for i in (1, 2))
+        )
     files[0].write_text(files[0].read_text() + json.dumps({"prompt": "x", "answer": "a", "id": "1"}))
     found = problems_of(files)
     assert [p.partition(",")[0] for p in found] == [
@@ -156,16 +158,18 @@ def test_an_edit_needs_its_target(tmp_path):
     file = tmp_path / "x.jsonl"
     file.write_text('{"prompt": "p", "locality_prompt": 3}\n')
     assert problems_of([file], kind="edit") == [
-        "x.jsonl:1: field 'target_new' is missing",
+        "x.jsonl:1: field 'target_new' is missing.",
         "x.jsonl:1: 'locality_prompt' must be text (got int)",
     ]
 
 
 @given(
     st.sampled_from(["x.jsonl", "x.json", "x.csv"]),
-    st.binary(max_size=80) | st.text(max_size=80).map(str.encode) | st.from_regex(r'[\[\]{}",:a-z0 \n]*').map(str.encode),
+    st.binary(max_size=80)
+    | st.text(max_size=80).map(str.encode)
+    | st.from_regex(r'[\[\]{}",:a-z0 \n]*').map(str.encode),
 )
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_whatever_the_bytes_are_the_only_error_is_a_data_error(tmp_path, name, content):
     file = tmp_path / name
     file.write_bytes(content)

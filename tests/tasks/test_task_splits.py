@@ -123,8 +123,11 @@ def test_a_class_without_examples_is_an_error():
 
 def test_too_few_examples_for_the_shards_is_an_error():
     data = labelled([3, 2], "x")
-    with pytest.raises(DataError, match="class 'c1': has 2 train examples, fewer than the 3 tasks"):
+    with pytest.raises(DataError) as error:
         split_examples(data, data, names(2), SplitConfig(scenario="domain", num_tasks=3), 0)
+    assert [str(p) for p in error.value.problems] == [
+        f"class 'c1': has 2 {part} examples, fewer than the 3 tasks" for part in ("train", "eval")
+    ]
 
 
 def test_limits_are_per_class_and_nested():

@@ -81,6 +81,7 @@ Builder = Callable[[ModelConfig, "tuple[int, ...] | None", torch.Generator], Cif
 
 def _builder(depth: int) -> Builder:
     def build(config: ModelConfig, input_shape: tuple[int, ...] | None, generator: torch.Generator) -> CifarResNet:
+        """ResNet for images of ``input_shape`` (channels, height, width)."""
         channels = image_channels(f"cifar-resnet-{depth}", input_shape)
         return CifarResNet((depth - 2) // 6, channels, generator)
 

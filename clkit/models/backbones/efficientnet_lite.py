@@ -64,13 +64,13 @@ class InvertedResidual(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, c_in, H, W) to (B, c_out, H / stride, W / stride)."""
-        y = x
+        y: Tensor = x
         if self.expands:
             y = F.relu6(self._bn0(self._expand_conv(y)))
         y = F.relu6(self._bn1(self._depthwise_conv(y)))
         y = self._bn2(self._project_conv(y))
         if self.shortcut:
-            y = x + y
+            return x + y
         return y
 
 
