@@ -107,7 +107,7 @@ class EvalConfig:
     batch_size: int = opt(64, "most examples in one forward pass", min=1)
     max_batch_tokens: int = opt(8192, "most tokens in one forward pass, padding included", min=64)
     max_new_tokens: int = opt(32, "longest generated answer in tokens", min=1)
-    initial: bool = opt(True, "score the untouched model first (forward transfer needs it)")
+    initial: bool = opt(True, "score the untouched model, and each task once before it is learned (forward transfer)")
     every_steps: int = opt(0, "also score all seen tasks every so many steps; 0 = only after each task", min=0)
 
 

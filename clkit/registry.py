@@ -30,6 +30,7 @@ class Registry(Generic[T]):
         self.group = group
         self._targets: dict[str, str | T] = {}
         self._origins: dict[str, str] = {}
+        self._places: dict[str, str] = {}
         self._scanned = False
 
     def register(self, name: str, target: str | T | None = None) -> Callable[[T], T]:
@@ -57,6 +58,8 @@ class Registry(Generic[T]):
             )
         self._targets[name] = target
         self._origins[name] = origin
+        if isinstance(target, str):
+            self._places[name] = target
 
     def _scan(self) -> None:
         if self._scanned:
@@ -104,17 +107,26 @@ class Registry(Generic[T]):
         return loaded
 
     def describe(self, name: str) -> str:
-        """One line on ``name``: the first line of its module's docstring, read without importing the module."""
+        """One line on ``name``, read from its source without importing it.
+
+        The first line of the module's docstring, or of the target's own where several names share the module.
+        """
         self._scan()
-        target = self._targets[name]
-        if not isinstance(target, str):
-            return (target.__doc__ or "").strip().partition("\n")[0]
+        place = self._places.get(name)
+        if place is None:
+            return (self._targets[name].__doc__ or "").strip().partition("\n")[0]
+        module, _, attribute = place.partition(":")
+        shared = sum(other.partition(":")[0] == module for other in self._places.values()) > 1
         try:
-            spec = importlib.util.find_spec(target.partition(":")[0])
-            source = Path(spec.origin).read_text(encoding="utf-8") if spec and spec.origin else ""
-            return (ast.get_docstring(ast.parse(source)) or "").partition("\n")[0]
+            spec = importlib.util.find_spec(module)
+            if spec is None or spec.origin is None:
+                return f"(broken: no module named '{module}')"
+            tree = ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
         except (ImportError, OSError, SyntaxError) as error:
             return f"(broken: {error})"
+        own = [n for n in tree.body if isinstance(n, (ast.ClassDef, ast.FunctionDef)) and n.name == attribute]
+        text = ast.get_docstring(own[0]) if shared and own else ast.get_docstring(tree)
+        return (text or "").partition("\n")[0]
 
 
 STRATEGIES: Registry[Any] = Registry("strategy", "clkit.strategies")

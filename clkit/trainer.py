@@ -215,10 +215,13 @@ class SequentialTrainer:
 
     # --- scoring ----------------------------------------------------------------------------------------------------
     def _score(self, row: np.ndarray, when: str) -> None:
-        """Score all tasks into a row of R: seen and future ones, and holdout."""
-        stage, scores = self.position.stage, {}
-        with self.serving(), self.progress.task(f"scoring {when}", len(self.scored)) as bar:
-            for j, task in enumerate(self.scored):
+        """Score into a row of R: all seen tasks, the next one (forward transfer needs it), and holdout tasks."""
+        stage, count, scores = self.position.stage, len(self.tasks), {}
+        last = stage + 1 if self.config.eval.initial else stage
+        untouched = row is self.initial
+        due = [(j, task) for j, task in enumerate(self.scored) if untouched or j <= last or j >= count]
+        with self.serving(), self.progress.task(f"scoring {when}", len(due)) as bar:
+            for j, task in due:
                 if self._stop:
                     break
                 score = self.score_task(task)

@@ -12,13 +12,13 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
 
 from clkit.config import EvalConfig
 from clkit.engine.group import Group, local_group
 from clkit.errors import CapabilityError, DataError
 from clkit.evaluation import SCORERS
 from clkit.models.base import Model
+from clkit.modes import evaluating
 from clkit.tasks.base import Kind, Task
 from clkit.tasks.batch import Encoded
 
@@ -184,15 +184,8 @@ def plan_batches(cost: NDArray[np.int64], options: EvalConfig) -> list[list[int]
 @contextlib.contextmanager
 def evaluation_mode(model: Model) -> Iterator[None]:
     """Evaluation mode, inference mode and the model's autocast; puts every module's training flag back."""
-    flags: list[tuple[nn.Module, bool]] = [(module, module.training) for module in model.module.modules()]
     dtype = getattr(model, "autocast_dtype", None)
-    model.module.eval()
-    try:
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(torch.inference_mode())
-            if dtype is not None:
-                stack.enter_context(torch.autocast(model.device.type, dtype=dtype))
-            yield
-    finally:
-        for module, training in flags:
-            module.training = training
+    with evaluating(model.module), torch.inference_mode(), contextlib.ExitStack() as stack:
+        if dtype is not None:
+            stack.enter_context(torch.autocast(model.device.type, dtype=dtype))
+        yield

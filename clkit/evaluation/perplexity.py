@@ -30,7 +30,7 @@ class Perplexity(Scorer):
         """One forward pass."""
         model = scoring.model
         batch = scoring.encoded.batch(torch.tensor(indices)).to(model.device)
-        logits, targets = model.logits(batch), model.targets(batch)  # type: ignore[attr-defined]
+        logits, targets = model.logits(batch), model.targets(batch)
         rows, columns = torch.nonzero(targets != -100, as_tuple=True)
         losses = [
             F.cross_entropy(logits[r, c].float(), targets[r, c], reduction="none")

@@ -68,7 +68,7 @@ class BalancedBuffer(_GroupedBuffer):
             self._full.update(n for n, held in self._groups.items() if len(held) == largest)
 
     def _extra(self) -> dict[str, Any]:
-        return {**super()._extra(), "counts": self._counts, "full": sorted(self._full)}
+        return {**super()._extra(), "counts": dict(self._counts), "full": sorted(self._full)}
 
     def _restore(self, refs: list[Ref], extra: dict[str, Any]) -> None:
         super()._restore(refs, extra)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,6 +17,7 @@ from clkit.models.encoded_text import EncodedText
 from clkit.models.lora import base_model
 from clkit.models.noise import routed
 from clkit.models.prompts import PromptFormat
+from clkit.modes import evaluating
 from clkit.tasks.base import EditExamples, Examples, Kind, TextExamples
 from clkit.tasks.batch import Batch
 
@@ -168,15 +168,3 @@ def _takes_positions(module: nn.Module) -> bool:
     if kind not in _SPARSE_HEADS:
         _SPARSE_HEADS[kind] = "logits_to_keep" in inspect.signature(kind.forward).parameters
     return _SPARSE_HEADS[kind]
-
-
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Within, the module is in evaluation mode; afterwards every part of it is in the mode that it was in."""
-    training = [m for m in module.modules() if m.training]
-    module.eval()
-    try:
-        yield
-    finally:
-        for m in training:
-            m.training = True

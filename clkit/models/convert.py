@@ -12,7 +12,8 @@ import sys
 from pathlib import Path
 
 from clkit.errors import ModelError
-from clkit.models.store import Say, cache_root, manifest, obtain, sha256
+from clkit.files import file_sha256
+from clkit.models.store import Say, cache_root, manifest, obtain
 
 LOG = "conversion.log"
 
@@ -42,7 +43,7 @@ def cached_gguf(file: Path, say: Say) -> Path:
     Raises:
         ModelError: as ``convert_gguf``, or the cache can't be written.
     """
-    digest = sha256(file)
+    digest = file_sha256(file)
     target = cache_root() / "gguf" / digest
     if manifest(target) is not None:
         say(f"{file.name}: converted before, {target}")

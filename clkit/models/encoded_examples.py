@@ -36,7 +36,7 @@ class EncodedSentences(Encoded):
     ) -> None:
         self.labels = labels
         self.ids = ids
-        self._pad: int = tokenizer.pad_token_id
+        self._pad: int = tokenizer.pad_token_id or 0  # masked wherever it stands
         rows = []
         if texts:
             encoded = tokenizer(list(texts), truncation=True, max_length=max_length, return_attention_mask=False)

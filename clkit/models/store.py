@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from clkit.errors import ModelError
+from clkit.files import file_sha256
 
 Say = Callable[[str], None]
 MANIFEST = "clkit.json"
@@ -26,15 +26,6 @@ def cache_root() -> Path:
     from platformdirs import user_cache_dir
 
     return Path(user_cache_dir("clkit"))
-
-
-def sha256(path: Path) -> str:
-    """SHA-256 of a file, in hex."""
-    with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 20):
-            digest.update(block)
-        return digest.hexdigest()
 
 
 def manifest(directory: Path) -> dict[str, Any] | None:
@@ -58,7 +49,7 @@ def weights(directory: Path) -> dict[str, str]:
     for path in sorted(directory.glob("*.safetensors")):
         facts, stat = known.get(path.name, {}), path.stat()
         same = facts.get("size") == stat.st_size and facts.get("mtime_ns") == stat.st_mtime_ns
-        result[path.name] = facts["sha256"] if same else sha256(path)
+        result[path.name] = facts["sha256"] if same else file_sha256(path)
     return result
 
 
@@ -116,7 +107,7 @@ def _publish(folder: Path, provenance: Mapping[str, Any], target: Path) -> None:
     files = {}
     for path in sorted(folder.glob("*.safetensors")):
         stat = path.stat()
-        files[path.name] = {"sha256": sha256(path), "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+        files[path.name] = {"sha256": file_sha256(path), "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
     text = json.dumps({**provenance, "weights": files}, indent=2, sort_keys=True)
     (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
     folder.chmod(0o755)  # mkdtemp and safetensors make it private; a shared cache is read by others

@@ -12,9 +12,10 @@ from torch import nn
 from clkit.config import LoraConfig, ModelConfig
 from clkit.errors import DataError, ModelError
 from clkit.models import load_model
-from clkit.models.causal_lm import CausalLM, evaluating
+from clkit.models.causal_lm import CausalLM
 from clkit.models.lora import attach_lora, base_model
 from clkit.models.precision import pick_dtype
+from clkit.modes import evaluating
 from clkit.tasks.base import EditExamples, EditRecord, LabelledExamples, TextExamples, TextRecord
 
 PAIRS = [

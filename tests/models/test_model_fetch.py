@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import shutil
 import socket
 import threading
 import time
@@ -14,10 +15,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from clkit.config import LoraConfig, ModelConfig
 from clkit.errors import ModelError
-from clkit.models import hub, store
+from clkit.models import hub, load_model, store
 from clkit.models.aliases import ALIASES, Alias, Wheel
-from clkit.models.convert import convert_state_dict
+from clkit.models.convert import cached_gguf, convert_state_dict
 from clkit.models.fetch import fetch, unpack
 from clkit.models.hub import cached_or_downloaded
 
@@ -259,6 +261,43 @@ def test_a_hub_that_never_answers_fails_within_seconds(monkeypatch, tmp_path):
         with pytest.raises(ModelError, match=r"can't be reached.*Check the name and the network"):
             cached_or_downloaded("owner/tiny", said.append)
         assert time.monotonic() - start < 20  # generous: pip-like retries would take minutes
+
+
+def test_a_hub_model_is_loaded_from_the_hugging_face_cache_when_offline(lm_directory, monkeypatch, tmp_path):
+    from huggingface_hub import constants
+
+    repository = tmp_path / "models--owner--tiny"
+    revision = "0123456789abcdef0123456789abcdef01234567"
+    shutil.copytree(lm_directory, repository / "snapshots" / revision)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(revision)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    config = ModelConfig(name="owner/tiny", dtype="float32", lora=LoraConfig(r=2))
+    said: list[str] = []
+    model = load_model(config, generator=torch.Generator(), say=said.append)
+    assert model.provenance["origin"] == f"hub:owner/tiny@{revision}"
+    assert "from_pretrained" in (snippet := model.export(tmp_path / "out")) and "'owner/tiny'" in snippet
+    adapter = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert adapter["base_model_name_or_path"] == "owner/tiny"
+    assert any("cache only" in line for line in said)
+
+
+def test_a_gguf_file_is_converted_once_whatever_it_is_called(tmp_path, monkeypatch):
+    converted = []
+
+    def convert(file, folder):
+        converted.append(file.name)
+        (folder / "model.safetensors").write_bytes(file.read_bytes())
+
+    monkeypatch.setenv("CLKIT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("clkit.models.convert.convert_gguf", convert)
+    for name, content in (("a.gguf", b"1"), ("b.gguf", b"1"), ("a.gguf", b"2")):
+        (tmp_path / name).write_bytes(content)
+        directory = cached_gguf(tmp_path / name, lambda line: None)
+        assert (directory / "model.safetensors").read_bytes() == content
+        assert store.manifest(directory)["gguf_sha256"] == sha(content)
+    assert converted == ["a.gguf", "a.gguf"]
 
 
 def test_a_pickle_that_runs_code_is_not_loaded(tmp_path):
