@@ -22,6 +22,7 @@ _LAZY = {
     "TaskSequence": "clkit.tasks.base",
     "ClkitError": "clkit.errors",
 }
+_MODULES = ("analysis",)
 
 __all__ = [
     "ClkitError",
@@ -31,12 +32,14 @@ __all__ = [
     "Strategy",
     "Task",
     "TaskSequence",
+    "analysis",
     "fit",
     "open_run",
     "run",
 ]
 
 if TYPE_CHECKING:
+    from clkit import analysis
     from clkit.api import fit, open_run, run
     from clkit.config import RunConfig
     from clkit.errors import ClkitError
@@ -49,8 +52,10 @@ if TYPE_CHECKING:
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
         return getattr(importlib.import_module(_LAZY[name]), name)
+    if name in _MODULES:
+        return importlib.import_module(f"clkit.{name}")
     raise AttributeError(f"module 'clkit' has no attribute '{name}'")
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_LAZY])
+    return sorted([*globals(), *_LAZY, *_MODULES])

@@ -17,7 +17,11 @@ _LISTS = ("strategies", "tasks", "metrics", "models", "engines", "configs")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0 done, 2 the user can mend it, 130 interrupted."""
     parser = _parser()
-    arguments = parser.parse_args(argv)
+    arguments, rest = parser.parse_known_args(argv)
+    if rest:  # argparse gives up on overrides that come after an option
+        if not hasattr(arguments, "overrides") or any(word.startswith("-") for word in rest):
+            parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        arguments.overrides += rest
     if arguments.command is None:
         parser.print_help()
         return 0

@@ -30,9 +30,9 @@ def opt(
 
 @dataclass
 class LoraConfig:
-    """A LoRA adapter on the model (through peft). With ``r: 0`` there is none and all weights are trained."""
+    """A LoRA adapter on the model (through peft); without one all weights are trained."""
 
-    r: int = opt(0, "rank; 0 = no adapter, train all weights", min=0)
+    r: int | None = opt(None, "rank; 0 = no adapter, null = 16 for language models and none for classifiers", min=0)
     alpha: float = opt(32.0, "scale; the update is alpha / r * B @ A", above=0)
     dropout: float = opt(0.0, "dropout on the adapter's input", min=0, max=0.99)
     target_modules: list[str] = opt(["all-linear"], "module names, or all-linear")

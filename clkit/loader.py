@@ -86,20 +86,16 @@ class Pool(Encoded):
         found = [(torch.from_numpy(np.flatnonzero(part == p)), int(p)) for p in np.unique(part)]
         pieces = [self.parts[p].batch(indices[rows] - int(self.offsets[p])) for rows, p in found]
         order = torch.cat([rows for rows, _ in found]).argsort()
-        width = max(piece.labels.shape[1] if piece.labels.dim() == 2 else 0 for piece in pieces)
-        inputs = {
-            name: torch.cat([_pad(piece.inputs[name], width, 0) for piece in pieces])[order]
-            for name in pieces[0].inputs
-        }
-        labels = torch.cat([_pad(piece.labels, width, -100) for piece in pieces])[order]
+        inputs = {name: self._join([piece.inputs[name] for piece in pieces], 0)[order] for name in pieces[0].inputs}
+        labels = self._join([piece.labels for piece in pieces], -100)[order]
         return Batch(inputs, labels, count_targets(labels), indices, self)
 
-
-def _pad(value: Tensor, width: int, fill: int) -> Tensor:
-    """Pad token tensors (B, T) on the right to ``width``; tensors without a token axis come with width 0."""
-    if not width or value.dim() < 2 or value.shape[1] == width:
-        return value
-    return torch.nn.functional.pad(value, (0, width - value.shape[1]), value=fill)
+    def _join(self, pieces: list[Tensor], fill: int) -> Tensor:
+        """Stack rows; token tensors (B, T) are padded on the right to the longest."""
+        if self.lengths is not None and pieces[0].dim() == 2:
+            width = max(piece.shape[1] for piece in pieces)
+            pieces = [torch.nn.functional.pad(p, (0, width - p.shape[1]), value=fill) for p in pieces]
+        return torch.cat(pieces)
 
 
 def split_batch(batch: Batch, size: int) -> list[Batch]:

@@ -83,7 +83,7 @@ def vision_content(tmp_path) -> dict:
     """A configuration (plain data): digits, two classes at a time, on a small convolutional network with batch norm."""
     return {
         "output_dir": str(tmp_path / "run"),
-        "model": {"name": "cifar-resnet-8", "lora": {"r": 0}},
+        "model": {"name": "cifar-resnet-8"},
         "tasks": {"source": "digits", "flat": False, "train_limit": 12, "eval_limit": 6},
         "strategy": "naive",
         "train": {"epochs": 1, "batch_size": 8, "optimizer": "sgd", "learning_rate": 0.05},

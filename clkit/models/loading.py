@@ -14,7 +14,7 @@ from clkit.models.base import Model
 from clkit.models.lora import attach_lora
 from clkit.models.noise import routed
 from clkit.models.precision import pick_dtype
-from clkit.models.resolve import Resolved, architectures, check, resolve
+from clkit.models.resolve import Resolved, architectures, check, resolve, settled
 from clkit.models.seeding import seeded
 from clkit.models.store import Say, manifest, weights
 
@@ -28,6 +28,7 @@ def load(
     say: Say,
 ) -> Model:
     """See ``clkit.models.load_model``."""
+    config = settled(config, num_classes)
     if problems := check(config):
         raise ModelError.collect("The model can't be loaded:", problems)
     found = resolve(config.name)

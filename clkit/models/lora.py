@@ -10,6 +10,7 @@ from torch import nn
 from clkit.config import LoraConfig
 from clkit.errors import ModelError, Problem, did_you_mean
 from clkit.models.noise import routed
+from clkit.models.resolve import DEFAULT_RANK
 from clkit.models.seeding import seeded
 
 if TYPE_CHECKING:
@@ -36,11 +37,12 @@ def attach_lora(
     from peft import LoraConfig as PeftConfig
     from peft import get_peft_model
 
-    _check(module, config)
+    rank = DEFAULT_RANK if config.r is None else config.r
+    _check(module, config, rank)
     alpha: Any = config.alpha  # annotated as an integer there; any number works
     targets: Any = "all-linear" if "all-linear" in config.target_modules else list(config.target_modules)
     adapter = PeftConfig(
-        r=config.r,
+        r=rank,
         lora_alpha=alpha,
         lora_dropout=config.dropout,
         target_modules=targets,
@@ -51,8 +53,10 @@ def attach_lora(
         return get_peft_model(module, adapter)
 
 
-def _check(module: nn.Module, config: LoraConfig) -> None:
-    linear = {name: m for name, m in module.named_modules() if isinstance(m, nn.Linear)}
+def _check(module: nn.Module, config: LoraConfig, rank: int) -> None:
+    from transformers.pytorch_utils import Conv1D  # the linear layer of GPT-2
+
+    linear: dict[str, Any] = {name: m for name, m in module.named_modules() if isinstance(m, nn.Linear | Conv1D)}
     problems: list[Problem] = []
     head = getattr(module, "get_output_embeddings", lambda: None)()
     if "all-linear" in config.target_modules:
@@ -70,8 +74,8 @@ def _check(module: nn.Module, config: LoraConfig) -> None:
             adapted |= found
     if adapted:
         name, smallest = min(((n, min(m.weight.shape)) for n, m in adapted.items()), key=lambda x: x[1])
-        if config.r > smallest:
-            text = f"got {config.r}, expected at most {smallest} (the smaller side of '{name}')"
+        if rank > smallest:
+            text = f"got {rank}, expected at most {smallest} (the smaller side of '{name}')"
             problems.append(Problem("model.lora.r", text))
     if problems:
         raise ModelError.collect("The LoRA adapter does not fit the model:", problems)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -68,6 +68,16 @@ def resolve(name: str) -> Resolved:
     near = did_you_mean(name.lower(), known)
     why = f"unknown model '{name}'.{near} Known: {', '.join(dict.fromkeys(known))}; a hub id has the form owner/name"
     return Resolved(name, "unknown", why=why)
+
+
+DEFAULT_RANK = 16
+
+
+def settled(config: ModelConfig, num_classes: int | None) -> ModelConfig:
+    """The configuration with the adapter's rank decided where the user left it open."""
+    if config.lora.r is not None:
+        return config
+    return replace(config, lora=replace(config.lora, r=DEFAULT_RANK if num_classes is None else 0))
 
 
 def _directory_problem(path: Path) -> str:

@@ -13,7 +13,7 @@ from clkit.errors import ModelError
 from clkit.models.lora import attach_lora
 from clkit.models.noise import routed
 from clkit.models.precision import pick_dtype
-from clkit.models.resolve import Resolved, architectures, check, resolve
+from clkit.models.resolve import Resolved, architectures, check, resolve, settled
 from clkit.models.seeding import seeded
 from clkit.models.store import cache_root, manifest
 
@@ -24,6 +24,7 @@ def estimate(
     """See ``clkit.models.estimate``."""
     from clkit.models.loading import is_image_backbone, misfit
 
+    config = settled(config, num_classes)
     if problems := check(config):
         raise ModelError.collect("The model can't be loaded:", problems)
     found = resolve(config.name)

@@ -1,0 +1,133 @@
+"""The command line through main(argv): what it prints, what it writes, how it fails."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from clkit.cli import main
+
+
+@pytest.fixture
+def config(text_content, tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(text_content))
+    return file
+
+
+def test_run_prints_matrix_metrics_and_how_to_load_and_writes_the_report(config, tmp_path, capsys):
+    assert main(["run", str(config)]) == 0
+    out, err = capsys.readouterr()
+    assert "after blue" in out and "bwt (mean over i<T" in out and "PeftModel.from_pretrained" in out
+    assert "before training: red" in err and "\r" not in err, "no bars where standard error is no terminal"
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "after green" in page and "http://" not in page and "https://" not in page.replace("https://huggingface.co", "")
+
+
+def test_compare_makes_a_run_directory_for_each_entry_and_one_table(text_content, tmp_path, capsys):
+    text_content["compare"] = [["strategy=naive"], ["strategy=replay", "strategy.replay.size=5"]]
+    file = tmp_path / "compare.yaml"
+    file.write_text(yaml.safe_dump(text_content))
+    assert main(["run", str(file), "--quiet"]) == 0
+    out = capsys.readouterr().out
+    assert {p.name for p in (tmp_path / "run").iterdir()} == {"naive", "replay-5", "report.html"}
+    table = out[out.rindex("average_accuracy  average_incremental") :]
+    assert "\nnaive " in table and "\nreplay-5 " in table
+
+
+def test_two_compare_entries_that_share_a_directory_are_an_error_before_anything_starts(text_content, tmp_path, capsys):
+    text_content["compare"] = [["strategy=naive"], ["strategy=naive"]]
+    file = tmp_path / "compare.yaml"
+    file.write_text(yaml.safe_dump(text_content))
+    assert main(["run", str(file)]) == 2
+    assert "would share a run directory" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_validate_says_what_the_run_would_do_and_leaves_no_trace(config, tmp_path, capsys):
+    before = sorted(tmp_path.rglob("*"))
+    assert main(["validate", str(config), "train.epochs=3"]) == 0
+    out = capsys.readouterr().out
+    assert "red" in out and "8 train" in out and "6 steps" in out and "trained (" in out and "MiB" in out
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_an_error_is_a_few_lines_and_exit_code_two_and_debug_shows_the_traceback(config, capsys):
+    assert main(["run", str(config), "train.epoch=3", "seeed=1"]) == 2
+    err = capsys.readouterr().err
+    assert "command line:train.epoch: unknown key. Did you mean 'epochs'?" in err and "seeed" in err
+    assert "Traceback" not in err
+    from clkit.errors import ConfigError
+
+    with pytest.raises(ConfigError):
+        main(["run", str(config), "train.epoch=3", "--debug"])
+
+
+def test_eval_scores_the_run_again_and_other_files(config, tmp_path, capsys):
+    main(["run", str(config), "--quiet"])
+    final = json.loads((tmp_path / "run" / "matrix.json").read_text())["matrix"][-1]
+    capsys.readouterr()
+    assert main(["eval", str(tmp_path / "run")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [float(line.split()[1]) for line in lines] == pytest.approx(final, abs=1e-4)
+    other = tmp_path / "other.jsonl"
+    other.write_text("".join(json.dumps({"prompt": f"red {i}", "answer": "a", "options": ["a", "b"]}) + "\n" for i in range(7)))
+    assert main(["eval", str(tmp_path / "run"), "--tasks", str(other)]) == 0
+    assert "option-loglik over 7 examples" in capsys.readouterr().out
+
+
+def test_export_writes_a_plain_adapter_and_refuses_to_overwrite(config, tmp_path, capsys):
+    main(["run", str(config), "--quiet"])
+    assert main(["export", str(tmp_path / "run"), str(tmp_path / "mine")]) == 0
+    assert str(tmp_path / "mine") in capsys.readouterr().out
+    assert (tmp_path / "mine" / "adapter_model.safetensors").is_file()
+    assert main(["export", str(tmp_path / "run"), str(tmp_path / "mine")]) == 2
+
+
+def test_report_compares_finished_runs_and_names_one_that_is_not(config, tmp_path, capsys):
+    main(["run", str(config), "--quiet"])
+    main(["run", str(config), "--quiet", "seed=1", f"output_dir={tmp_path / 'other'}", "name=other"])
+    assert main(["report", str(tmp_path / "run"), str(tmp_path / "other"), "--output", str(tmp_path / "r.html")]) == 0
+    assert "Comparison" in (tmp_path / "r.html").read_text()
+    assert main(["report", str(tmp_path)]) == 2
+    assert "no finished run here" in capsys.readouterr().err
+
+
+def test_cp_gives_a_config_that_validates_and_refuses_to_overwrite(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["cp", "quickstart_digits", "mine.yaml"]) == 0
+    assert main(["validate", "mine.yaml"]) == 0
+    assert main(["cp", "quickstart_digits", "mine.yaml"]) == 2
+    assert main(["cp", "quickstat"]) == 2
+    assert "Did you mean 'quickstart'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("what", ["strategies", "tasks", "metrics", "models", "engines", "configs"])
+def test_ls_has_one_line_for_each_entry_and_every_line_says_something(what, capsys):
+    assert main(["ls", what]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines
+    for line in lines:
+        name, _, text = line.partition(" ")
+        assert name and len(text.strip()) > 15 and "(broken" not in text, line
+
+
+@pytest.mark.parametrize("command", ["run", "validate", "eval", "ls", "cp", "export", "report"])
+def test_every_help_ends_with_an_example(command, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main([command, "--help"])
+    assert stopped.value.code == 0
+    assert capsys.readouterr().out.rstrip().splitlines()[-1].startswith(f"  clkit {command} ")
+
+
+def test_the_readme_example_runs(tiny_llama, tmp_path, monkeypatch, capsys):
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    code = readme.split("```python\n")[1].split("```")[0]
+    assert code.count('"smollm2-135m"') == 1
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code.replace('"smollm2-135m"', repr(str(tiny_llama))), "README.md", "exec"), {})
+    assert "PeftModel" in capsys.readouterr().out
+    assert (tmp_path / "runs" / "capitals" / "export" / "adapter_config.json").is_file()
