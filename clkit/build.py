@@ -11,8 +11,9 @@ import torch
 from clkit.config import ModelConfig, Plugin, RunConfig
 from clkit.engine import ENGINES
 from clkit.errors import CapabilityError, ConfigError
-from clkit.models import load_model
+from clkit.models import load_model, wrap
 from clkit.registry import STRATEGIES
+from clkit.resolve import validate
 from clkit.rng import fresh_generator
 from clkit.tasks import build_tasks
 from clkit.tasks.base import LabelledExamples, Task, TaskSequence, TextExamples
@@ -68,6 +69,23 @@ def make_model(config: ModelConfig, tasks: TaskSequence, seed: int, say: Callabl
     return load_model(
         config, num_classes=classes, input_shape=input_shape(tasks), generator=fresh_generator(seed, "model"), say=say
     )
+
+
+def coerce(model: Any, strategy: Any, config: Any) -> tuple[Model, Strategy, RunConfig]:
+    """What a user gives the trainer in Python, as the objects that it works with.
+
+    Raises:
+        ConfigError: a strategy's name or a section of the configuration is wrong.
+    """
+    if not isinstance(config, RunConfig):
+        config = validate({"tasks": "facts", **(config or {})}, origin="SequentialTrainer")
+    if isinstance(strategy, str):
+        plugin = validate({"strategy": strategy}, origin="SequentialTrainer").strategy
+        config = dataclasses.replace(config, strategy=plugin)
+        strategy = make_strategy(plugin)
+    if isinstance(model, torch.nn.Module):
+        model = wrap(model)
+    return model, strategy, config
 
 
 def check_capabilities(name: str, capabilities: Any, tasks: TaskSequence) -> None:

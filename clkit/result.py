@@ -114,14 +114,14 @@ def score_table(scores: list[Any], names: list[str]) -> str:
 
 
 def compare_text(results: list[RunResult]) -> str:
-    """One row per run, one column per metric."""
+    """One row per metric, one column per run."""
     keys = [k for k in DEFINITIONS if any(r.metrics.get(k) is not None for r in results)]
-    width = max(len(r.name) for r in results) + 2
-    lines = [" " * width + "".join(f"{k:>{max(len(k), 8) + 2}}" for k in keys)]
-    lines += [
-        f"{r.name:<{width}}" + "".join(f"{_number(r.metrics.get(k)):>{max(len(k), 8) + 2}}" for k in keys)
-        for r in results
-    ]
+    width = max((len(k) for k in keys), default=0)
+    columns = [max(len(r.name), 7) + 2 for r in results]
+    lines = [" " * width + "".join(f"{r.name:>{w}}" for r, w in zip(results, columns, strict=True))]
+    for key in keys:
+        values = (f"{_number(r.metrics.get(key)):>{w}}" for r, w in zip(results, columns, strict=True))
+        lines.append(f"{key:<{width}}" + "".join(values) + f"  {DEFINITIONS[key].direction} is better")
     return "\n".join(lines)
 
 

@@ -14,13 +14,15 @@ import math
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
+from clkit.build import coerce
 from clkit.checkpoint import CheckpointStore
 from clkit.config import EngineConfig, RunConfig
 from clkit.engine.base import Engine
@@ -32,6 +34,8 @@ from clkit.loader import Encodings, split_batch, steps_in_stage
 from clkit.metrics.continual import summarize
 from clkit.models.base import Model
 from clkit.progress import Progress
+from clkit.provenance import collect
+from clkit.resolve import to_dict
 from clkit.result import RunResult
 from clkit.rng import Streams
 from clkit.rundir import RunDirectory
@@ -48,9 +52,10 @@ class SequentialTrainer:
     """The loop over tasks and steps.
 
     Args:
-        model: what learns.
-        strategy: how it learns.
-        config: the resolved configuration; its model, tasks, strategy and engine sections are only recorded here.
+        model: what learns: a Model, or any module from tensors to logits (``clkit.models.wrap`` for language models).
+        strategy: how it learns: an object, or a name for that strategy with its defaults.
+        config: a RunConfig, or sections of one (``{"train": {"epochs": 3}}``). Its model, tasks and engine sections
+            are only recorded here.
         engine: how a step is executed; one local process by default.
         directory: the run directory; None keeps nothing on disk.
         progress: shows what is going on.
@@ -58,18 +63,17 @@ class SequentialTrainer:
 
     def __init__(
         self,
-        model: Model,
-        strategy: Strategy,
-        config: RunConfig | None = None,
+        model: Model | nn.Module,
+        strategy: Strategy | str = "naive",
+        config: RunConfig | Mapping[str, Any] | None = None,
         *,
         engine: Engine | None = None,
-        directory: RunDirectory | None = None,
+        directory: RunDirectory | str | Path | None = None,
         progress: Progress | None = None,
     ) -> None:
-        self.model, self.strategy = model, strategy
-        self.config = config or RunConfig()
+        self.model, self.strategy, self.config = coerce(model, strategy, config)
         self.engine = engine or LocalEngine(EngineConfig())
-        self.directory = directory
+        self.directory = RunDirectory(directory) if isinstance(directory, (str, Path)) else directory
         self.progress = progress or Progress(enabled=False)
         self._stop = False
         self._initial_done = self._learned = False
@@ -85,9 +89,13 @@ class SequentialTrainer:
         """
         if self.directory is None:
             return self._fit(tasks)
-        with self.directory.locked(), self.directory.recording_failure():
-            self.directory.bind_model(self.model.provenance)
-            return self._fit(tasks)
+        with self.directory.locked():
+            self.directory.begin(to_dict(self.config), collect(tasks))
+            if self.directory.finished:
+                return RunResult.load(self.directory.path)
+            with self.directory.recording_failure():
+                self.directory.bind_model(self.model.provenance)
+                return self._fit(tasks)
 
     def _fit(self, tasks: TaskSequence) -> RunResult:
         self.prepare(tasks)

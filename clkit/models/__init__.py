@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from clkit.config import ModelConfig
 from clkit.models.resolve import Resolved, architectures, check, describe, resolve
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
     from clkit.models.base import Model
     from clkit.models.classifier import Classifier
@@ -25,6 +26,7 @@ __all__ = [
     "load_classifier",
     "load_model",
     "resolve",
+    "wrap",
 ]
 
 _say = logging.getLogger(__name__).info
@@ -74,6 +76,13 @@ def estimate(
     from clkit.models.sizes import estimate as estimate_
 
     return estimate_(config, num_classes, input_shape)
+
+
+def wrap(module: nn.Module, tokenizer: Any = None, name: str = "") -> Model:
+    """Bring a module built in Python under the contract; see :func:`clkit.models.wrap.wrap`."""
+    from clkit.models.wrap import wrap as wrap_
+
+    return wrap_(module, tokenizer, name)
 
 
 def load_classifier(directory: str | Path) -> Classifier:

@@ -123,6 +123,40 @@ def test_control_c_saves_the_state_and_the_same_command_goes_on(text_content, tm
     assert run(text_content).metrics == whole.metrics
 
 
+def test_a_module_a_strategy_by_name_and_a_few_sections_are_enough(tmp_path):
+    from clkit.tasks import build_tasks
+    from clkit.trainer import SequentialTrainer
+
+    net = torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.ReLU(), torch.nn.Linear(32, 10))
+    tasks = build_tasks("digits", {"train_limit": 20})
+    sections = {"train": {"epochs": 10, "optimizer": "sgd", "learning_rate": 0.1}}
+    result = SequentialTrainer(net, "replay", sections, directory=tmp_path / "run").fit(tasks)
+    assert result.metrics["learning_accuracy"] > 0.8
+    assert resolve.load(tmp_path / "run" / "config.yaml").strategy.name == "replay"
+    again = torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.ReLU(), torch.nn.Linear(32, 10))
+    exec(result.snippet, {"module": again})
+    assert all(torch.equal(a, b) for a, b in zip(net.parameters(), again.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_follows_the_losses_of_full_precision(text_content, tmp_path, dtype):
+    full = run(text_content, output_dir=str(tmp_path / "full"))
+    half = run(text_content, output_dir=str(tmp_path / "half"), model={"dtype": dtype})
+    assert losses(half.run_dir) != losses(full.run_dir)
+    ours, theirs = losses(half.run_dir), losses(full.run_dir)
+    np.testing.assert_allclose(ours[:4], theirs[:4], rtol=1e-3)
+    np.testing.assert_allclose(ours, theirs, rtol=0.1)  # Adam's first steps turn on signs of tiny gradients
+
+
+def test_scoring_every_few_steps_changes_nothing_and_is_written_down(text_content, tmp_path):
+    plain = run(text_content, output_dir=str(tmp_path / "plain"))
+    often = run(text_content, output_dir=str(tmp_path / "often"), eval={"every_steps": 2})
+    assert losses(often.run_dir) == losses(plain.run_dir)
+    np.testing.assert_array_equal(often.matrix, plain.matrix)
+    events = [json.loads(line) for line in (often.run_dir / "events.jsonl").read_text().splitlines()]
+    assert sum(e["event"] == "score" and e["after"].startswith("step 2 of red") for e in events) == 2
+
+
 def test_the_run_directory_says_what_was_run(text_content):
     result = run(text_content)
     facts = json.loads((result.run_dir / "run.json").read_text())
