@@ -58,8 +58,9 @@ class Streams:
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Put every generator back to where it was."""
-        self._generators = {}
+        """Put every generator back to where it was; generators that were handed out stay the same objects."""
+        for name, generator in self._generators.items():
+            generator.manual_seed(derive_seed(self.seed, "stream", name))
         for name, value in state["streams"].items():
             self[name].set_state(_bytes(value))
         version, internal, gauss = state["python"]
