@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 
 from clkit.errors import DataError, Problem
+from clkit.tasks.asd import diversify
 from clkit.tasks.base import (
     EditExamples,
     EditRecord,
@@ -152,6 +153,10 @@ def _records_task(draft: _Draft, config: RecordsConfig, seed: int) -> Task:
         sets.append([parsed[i].record for i in chosen])
     if config.kind == "edit" and draft.raw.eval is None:
         sets[1] = sets[0][: config.eval_limit or None]  # score only edits that are made
+    if config.asd:
+        texts = [r for r in sets[0] if isinstance(r, TextRecord)]
+        converted, metadata["asd"] = diversify(texts, config.asd, seed)
+        sets[0] = [*converted]
     train, eval = (_examples(records, config.kind) for records in sets)
     metric = config.metric
     if metric == "auto":

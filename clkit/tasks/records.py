@@ -48,6 +48,13 @@ class RecordsConfig(SplitConfig):
     train_limit: int = opt(0, "training records per task (classification: per class); 0 = all", min=0)
     eval_limit: int = opt(0, "evaluation records per task (classification: per class); 0 = all", min=0)
     max_chars: int = opt(100_000, "longest text of a record in characters", min=1)
+    asd: float = opt(
+        0.0,
+        "part of each text task's training records that is asked in other answer styles (yes/no, multiple choice); "
+        "0 = none, published: 0.2",
+        min=0,
+        max=1,
+    )
 
 
 def record_problems(config: RecordsConfig, single: bool) -> list[Problem]:
@@ -61,6 +68,8 @@ def record_problems(config: RecordsConfig, single: bool) -> list[Problem]:
     classification = config.kind == "classification"
     if classification and config.metric not in ("auto", "accuracy"):
         problems.append(Problem("tasks.metric", f"classification is scored by accuracy (got '{config.metric}')"))
+    if config.asd and config.kind != "text":
+        problems.append(Problem("tasks.asd", f"converts answers of text tasks (got kind '{config.kind}'); set it to 0"))
     needed = ["prompt_field", *({"text": ["answer_field"], "edit": ["target_field"]}.get(config.kind, []))]
     problems += [Problem(f"tasks.{key}", "must name a column (got '')") for key in needed if not getattr(config, key)]
     if classification and single:

@@ -31,7 +31,7 @@ def test_all_generators_go_on_where_they_were_through_a_checkpoint():
     saved = unpack(*pack(streams.state_dict()))
 
     def after():
-        values = draws(streams, "replay", "mask", "new"), random.random(), np.random.rand(), torch.rand(2).tolist()
+        values = draws(streams, "replay", "mask", "new"), random.random(), np.random.rand(), torch.rand(2).tolist()  # noqa: NPY002
         return values, torch.rand(1, generator=held).item()
 
     expected = after()

@@ -144,6 +144,7 @@ def test_it_refuses_a_kind_of_task_that_it_can_not_learn(name, tmp_path):
         {
             "output_dir": str(tmp_path / "r"),
             "strategy": name,
+            "model": {"lora": {"r": 4 if capabilities.needs_lora else 0}},
             "tasks": {"source": "jsonl", "kind": "edit", "tasks": [str(file)]},
         }
     )

@@ -1,0 +1,1 @@
+"""I-LoRA: see README.md."""

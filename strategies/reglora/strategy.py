@@ -1,0 +1,116 @@
+"""RegLoRA: a fresh LoRA per task, kept small where earlier tasks' updates were largest (Chen et al. 2025)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from clkit.errors import CapabilityError
+from clkit.strategies.reglora.config import RegLoRAConfig
+from clkit.strategies.reglora.masks import extend, from_state, to_state
+from clkit.strategies.reglora.past import AdaptedLayer, PastUpdates, adapted_layers
+from clkit.strategies.reglora.sparse import Mask, dense_penalty, penalty
+from clkit.strategies.reglora.top import random_entries, top_entries
+from clkit.strategy import Capabilities, RunContext, Strategy
+from clkit.tasks.base import Task
+
+
+class RegLoRA(Strategy):
+    """Cross entropy, and from the second task on ``lam / n_div`` times the sum over layers of ``|B A|`` on their masks.
+
+    The regulariser depends on no data, so its gradient is added once per optimiser step, whatever the micro-batches
+    and the checkpointing of activations, and without a change to the model's own code. The finished tasks' updates are
+    summed in float32 (:class:`PastUpdates`); the export is one plain LoRA adapter with all of them.
+    """
+
+    config_class = RegLoRAConfig
+    capabilities = Capabilities(kinds=frozenset({"text"}), needs_lora=True)
+
+    def setup(self, run: RunContext) -> None:
+        """Find the adapted layers.
+
+        Raises:
+            CapabilityError: the model carries no LoRA adapter.
+        """
+        super().setup(run)
+        self.layers = adapted_layers(run.model.module)
+        if not self.layers:
+            raise CapabilityError(
+                f"Strategy 'reglora' needs a LoRA adapter, and model '{run.model.name}' has none; set model.lora.r."
+            )
+        self.past = PastUpdates(run.model.module, self.layers)
+        self.masks: dict[str, Mask] = {}
+
+    # --- the regulariser --------------------------------------------------------------------------------------------
+    def after_backward(self) -> None:
+        """Add the gradient of the regulariser."""
+        config, position = self.config, self.run.position
+        if not len(self.past) or not config.lam or position.step % config.every:
+            return
+        strength = config.lam * config.every / (config.n_div or len(self.layers))
+        losses = []
+        for name, layer in self.layers.items():
+            loss, d_b, d_a = self._penalty(name, layer)
+            scale = layer.scaling ** (1 if config.norm == "l1" else 2) if config.scaled else 1.0
+            _add_gradient(layer.B, d_b, strength * scale)
+            _add_gradient(layer.A, d_a, strength * scale)
+            losses.append(loss * scale)
+        done = position.step + 1
+        if done == 1 or done % self.run.config.tracking.log_every == 0:
+            self.run.log("regulariser", strength * float(torch.stack(losses).sum()))
+
+    def _penalty(self, name: str, layer: AdaptedLayer) -> tuple[Tensor, Tensor, Tensor]:
+        config = self.config
+        result: tuple[Tensor, Tensor, Tensor]
+        if config.mask == "all":
+            result = dense_penalty(layer.B, layer.A, config.norm, config.reduction)
+        else:
+            result = penalty(layer.B, layer.A, self.masks[name], config.norm, config.reduction)
+        return result
+
+    # --- between tasks ----------------------------------------------------------------------------------------------
+    def end_task(self, task: Task) -> None:
+        """Extend the masks, add the update to the sum, and start a fresh adapter."""
+        for name, layer in self.layers.items():
+            if self.config.mask != "all":
+                rows, cols = self._chosen(layer)
+                self.masks[name] = extend(self.masks.get(name), rows, cols, layer.shape, self.config.accumulate)
+        self.past.add({name: layer.update() for name, layer in self.layers.items()})
+        for layer in self.layers.values():
+            layer.reset(self.run.streams["reglora adapter"])
+
+    def _chosen(self, layer: AdaptedLayer) -> tuple[Tensor, Tensor]:
+        rows: Tensor
+        cols: Tensor
+        if self.config.mask == "top":
+            rows, cols = top_entries(layer.B, layer.A, self.config.fraction)
+        else:
+            generator = self.run.streams["reglora random mask"]
+            rows, cols = random_entries(layer.shape, self.config.fraction, generator)
+        return rows.to(layer.A.device), cols.to(layer.A.device)
+
+    # --- what stays -------------------------------------------------------------------------------------------------
+    def export(self, directory: Path) -> str:
+        """Write one plain PEFT adapter: all tasks' factors side by side, exactly the sum of their updates."""
+        with self.past.one_adapter(self.run.model.module):
+            return super().export(directory)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The buffer, the masks and the past updates."""
+        masks = {name: to_state(mask) for name, mask in self.masks.items()}
+        return {**super().state_dict(), "masks": masks, "past": self.past.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Inverse of :meth:`state_dict`."""
+        super().load_state_dict(state)
+        self.past.load_state_dict(state["past"])
+        self.masks = {name: from_state(mask, self.layers[name].A.device) for name, mask in state["masks"].items()}
+
+
+def _add_gradient(parameter: nn.Parameter, gradient: Tensor, factor: float) -> None:
+    if parameter.grad is None:
+        parameter.grad = torch.zeros_like(parameter)
+    parameter.grad.add_(gradient, alpha=factor)

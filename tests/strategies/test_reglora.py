@@ -1,0 +1,350 @@
+"""RegLoRA in training: the gradient it adds, the sum of past updates, its options, its export."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from clkit import api, build, resolve
+from clkit.config import LoraConfig
+from clkit.errors import CapabilityError, ConfigError
+from clkit.models.lora import attach_lora
+from clkit.strategies.reglora.past import PastUpdates, adapted_layers
+from clkit.trainer import SequentialTrainer
+
+
+def trainer_for(content, **options):
+    config = resolve.validate({**content, "strategy": {"name": "reglora", **options}})
+    tasks = build.make_tasks(config)
+    model = build.make_model(config.model, tasks, config.seed, lambda text: None)
+    return SequentialTrainer(model, build.make_strategy(config.strategy), config), tasks
+
+
+def after_tasks(content, count, **options):
+    """A trainer that has learned the first ``count`` tasks, at the beginning of the next."""
+    trainer, tasks = trainer_for(content, **options)
+    trainer.prepare(tasks)
+    for stage in range(count):
+        trainer._learn(tasks[stage])
+        trainer.position.stage, trainer.position.step = stage + 1, 0
+    return trainer, tasks
+
+
+def disturb(trainer, seed=0):
+    """Give the current adapter values, as training would."""
+    generator = torch.Generator().manual_seed(seed)
+    for layer in trainer.strategy.layers.values():
+        layer.B.data = torch.randn(layer.B.shape, generator=generator) * 0.1
+
+
+def one_batch(trainer, task=0, rows=4):
+    return trainer.run.encodings.train(task).batch(torch.arange(rows))
+
+
+@torch.no_grad()
+def logits(trainer):
+    return trainer.model.logits(one_batch(trainer)).clone()
+
+
+# --- the gradient ---------------------------------------------------------------------------------------------------
+
+
+def injected(trainer, batch):
+    """Gradients as the trainer makes them, stopped before the update."""
+    kept = {}
+    trainer.engine.step = lambda: kept.update({n: p.grad.clone() for n, p in named(trainer)})
+    trainer.engine.start(trainer.strategy.parameters(), trainer.config.train, 1)
+    trainer._step(batch, None)
+    return kept
+
+
+def named(trainer):
+    return [(n, p) for n, p in trainer.model.module.named_parameters() if p.requires_grad]
+
+
+@pytest.mark.parametrize(
+    ("checkpointing", "micro", "options"),
+    [
+        (False, 0, {}),
+        (False, 2, {}),
+        (True, 0, {}),
+        (False, 0, {"scaled": True}),
+        (False, 0, {"reduction": "sum", "lam": 10.0}),
+        (False, 0, {"n_div": 224}),
+    ],
+)
+def test_one_step_has_the_gradient_of_the_published_loss(text_content, checkpointing, micro, options):
+    content = {**text_content, "train": {**text_content["train"], "micro_batch": micro}}
+    content["model"] = {**content["model"], "gradient_checkpointing": checkpointing}
+    trainer, _ = after_tasks(content, 2, fraction=0.1, **options)
+    disturb(trainer)
+    batch = one_batch(trainer, task=2)
+    ours = injected(trainer, batch)
+    trainer.model.module.zero_grad(set_to_none=True)
+    total = torch.zeros(())
+    for name, layer in trainer.strategy.layers.items():
+        mask = trainer.strategy.masks[name]
+        counts = torch.ones(len(mask.pattern)).long() if mask.multiplicity is None else mask.multiplicity.long()
+        flat = mask.pattern.flat().repeat_interleave(counts)  # the published list, duplicates and all
+        chosen = (layer.B @ layer.A).flatten()[flat].abs() * (layer.scaling if options.get("scaled") else 1.0)
+        total = total + (chosen.sum() if options.get("reduction") == "sum" else chosen.mean())
+    strength = options.get("lam", 2500.0) / options.get("n_div", 4)
+    (trainer.strategy.loss(batch)["cross_entropy"] + strength * total).backward()
+    for name, parameter in named(trainer):
+        assert torch.allclose(ours[name], parameter.grad, rtol=1e-4, atol=1e-4 * float(parameter.grad.abs().max())), (
+            name
+        )
+
+
+def test_clipping_sees_the_sum_of_both_gradients(text_content):
+    trainer, _ = after_tasks(text_content, 1)
+    disturb(trainer)
+    trainer.engine.start(trainer.strategy.parameters(), trainer.config.train, 1)
+    norms, plain = [], trainer.engine.step
+    trainer.engine.step = lambda: norms.append(plain()) or norms[-1]
+    trainer._step(one_batch(trainer, task=1), None)
+    trainer2, _ = after_tasks(text_content, 1, lam=0.0)
+    disturb(trainer2)
+    trainer2.engine.start(trainer2.strategy.parameters(), trainer2.config.train, 1)
+    plain2 = trainer2.engine.step
+    trainer2.engine.step = lambda: norms.append(plain2()) or norms[-1]
+    trainer2._step(one_batch(trainer2, task=1), None)
+    assert norms[0] > 10 * norms[1]
+
+
+def test_every_second_step_pulls_twice_as_hard(text_content):
+    trainer, _ = after_tasks(text_content, 1, every=2)
+    once, _ = after_tasks(text_content, 1, every=1)
+    pulls = {}
+    for key, source in (("two", trainer), ("one", once)):
+        disturb(source)
+        for step in (0, 1):
+            source.model.module.zero_grad(set_to_none=True)
+            source.position.step = step
+            source.strategy.after_backward()
+            pulls[key, step] = [None if p.grad is None else p.grad.clone() for _, p in named(source)]
+    assert all(p is None for p in pulls["two", 1])
+    for two, one in zip(pulls["two", 0], pulls["one", 0], strict=True):
+        assert torch.allclose(two, 2 * one)
+
+
+def test_the_first_task_has_no_regulariser_and_its_value_is_logged_later(text_content):
+    strong = api.run(resolve.validate({**text_content, "strategy": {"name": "reglora", "lam": 1e6}}))
+    events = [json.loads(line) for line in (strong.run_dir / "events.jsonl").read_text().splitlines()]
+    values = [(e["total_steps"], e["value"]) for e in events if e["event"] == "value" and e["name"] == "regulariser"]
+    first = min(steps for steps, _ in values)
+    per_task = [e["steps"] for e in events if e["event"] == "task"]
+    assert first == per_task[0]  # the first step of the second task
+    assert values[0][1] == 0.0 and any(v > 0 for _, v in values)  # B = 0 at the start
+
+
+# --- what the regulariser does --------------------------------------------------------------------------------------
+
+
+def drift(content, **options):
+    """Sum of |B A| of the second task on the entries that the first protects, and on all."""
+    trainer, tasks = after_tasks(content, 1, **options)
+    masks = dict(trainer.strategy.masks)
+    updates = {}
+    plain = trainer.strategy.past.add
+    trainer.strategy.past.add = lambda found: updates.update(found) or plain(found)
+    trainer._learn(tasks[1])
+    products = {name: (b @ a).abs() for name, (a, b) in updates.items()}
+    on_mask = sum(float(p.flatten()[masks[n].pattern.flat()].sum()) for n, p in products.items() if n in masks)
+    return on_mask, sum(float(p.sum()) for p in products.values())
+
+
+def test_protected_entries_move_less_the_stronger_the_regulariser(text_content):
+    content = {**text_content, "train": {**text_content["train"], "epochs": 6}}
+    moved = [drift(content, lam=lam)[0] for lam in (0.0, 100.0, 10_000.0)]
+    assert moved[0] > moved[1] > moved[2]
+
+
+def test_protecting_everything_with_all_strength_keeps_the_model_as_it_is(text_content):
+    free, held = (drift(text_content, lam=lam, mask="all")[1] for lam in (0.0, 1e8))
+    assert held < 0.35 * free
+
+
+@pytest.mark.parametrize("accumulate", ["concat", "union"])
+def test_random_masks_are_as_large_as_top_masks_and_elsewhere(text_content, accumulate):
+    top, _ = after_tasks(text_content, 1, accumulate=accumulate)
+    random, _ = after_tasks(text_content, 1, mask="random", accumulate=accumulate)
+    for name, mask in top.strategy.masks.items():
+        other = random.strategy.masks[name]
+        assert len(other.pattern) == len(mask.pattern) == int(0.02 * mask.pattern.shape[0] * mask.pattern.shape[1])
+        assert not torch.equal(other.pattern.flat(), mask.pattern.flat())
+
+
+def test_lambda_zero_is_sequential_lora_with_merging(text_content):
+    """Bit for bit: a fresh adapter per task on the merged model, trained by the naive strategy."""
+    ours, tasks = after_tasks(text_content, 1, lam=0.0)
+    start = {n: p.detach().clone() for n, p in ours.model.module.named_parameters()}
+    ours._learn(tasks[1])
+    (updates,) = ours.strategy.past.state_dict()[1:]
+    theirs, _ = trainer_for(text_content)
+    theirs.strategy = build.make_strategy(resolve.validate({**text_content, "strategy": "naive"}).strategy)
+    theirs.prepare(tasks)
+    theirs.position.stage, theirs.position.total_steps = 1, ours.position.total_steps - ours.position.step
+    theirs.model.module.load_state_dict(start, strict=False)
+    theirs._learn(tasks[1])
+    for name, layer in adapted_layers(theirs.model.module).items():
+        a, b = layer.update()
+        assert torch.equal(updates[name]["A"], a) and torch.equal(updates[name]["B"], b)
+
+
+# --- the sum of past updates ----------------------------------------------------------------------------------------
+
+
+def tiny_lm(tiny_llama, dtype=torch.float32, targets=("all-linear",), change=None):
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=dtype)
+    if change is not None:
+        change(base)
+    lora = LoraConfig(r=4, alpha=6.0, target_modules=list(targets))
+    return attach_lora(base, lora, torch.Generator().manual_seed(0)).eval()
+
+
+def fill(layers, seed, size=0.05):
+    generator = torch.Generator().manual_seed(seed)
+    for layer in layers.values():
+        layer.B.data = torch.randn(layer.B.shape, generator=generator) * size
+
+
+def finish_task(layers, past):
+    past.add({name: layer.update() for name, layer in layers.items()})
+    for layer in layers.values():
+        layer.reset(torch.Generator().manual_seed(1))
+
+
+IDS = torch.arange(2, 18).view(2, 8)
+
+
+def test_a_chain_of_tasks_equals_merging_bit_for_bit_and_the_base_tensors_are_not_written(tiny_llama):
+    module, merged = tiny_lm(tiny_llama), tiny_lm(tiny_llama)
+    layers = adapted_layers(module)
+    past = PastUpdates(module, layers)
+    own = {name: layer.base.weight.data for name, layer in layers.items()}
+    before = {name: weight.clone() for name, weight in own.items()}
+    fill(layers, 3)
+    fill(adapted_layers(merged), 3)
+    with torch.no_grad():
+        served = module(IDS).logits
+        finish_task(layers, past)
+        assert torch.allclose(module(IDS).logits, served, atol=1e-5)
+        wanted = merged.merge_and_unload()(IDS).logits
+        assert torch.allclose(module(IDS).logits, wanted, rtol=0, atol=1e-6)
+    assert all(torch.equal(own[name], before[name]) for name in own)
+
+
+@torch.no_grad()
+def test_a_bfloat16_base_keeps_small_updates_that_merging_would_lose(tiny_llama):
+    module = tiny_lm(tiny_llama, torch.bfloat16)
+    layers = adapted_layers(module)
+    past = PastUpdates(module, layers)
+    before = {name: layer.base.weight.clone() for name, layer in layers.items()}
+    wanted = {name: torch.zeros(layer.shape) for name, layer in layers.items()}
+    for seed in range(3):
+        fill(layers, seed, size=3e-5)
+        for name, layer in layers.items():
+            wanted[name] += layer.scaling * layer.B @ layer.A
+        finish_task(layers, past)
+    for name, layer in layers.items():
+        assert torch.equal(layer.base.weight, before[name])
+        layer.base.weight.data.zero_()  # to read the branch alone: subtracting outputs would round it away
+        ours = layer.base(torch.eye(layer.shape[1], dtype=torch.bfloat16)).float().T
+        layer.base.weight.data.copy_(before[name])
+        assert torch.allclose(ours, wanted[name], rtol=1e-2, atol=1e-2 * float(wanted[name].abs().max()))
+        lost = (before[name] + wanted[name].bfloat16()).float() - before[name].float()
+        assert (lost - wanted[name]).norm() > 10 * (ours - wanted[name]).norm()
+
+
+class Quantised(nn.Linear):
+    """Stands for a quantised layer: weights in int8, dequantised in the forward pass."""
+
+    def __init__(self, like):
+        super().__init__(like.in_features, like.out_features, bias=False)
+        scale = like.weight.abs().max() / 127
+        self.register_buffer("scale", scale.detach())
+        self.weight = nn.Parameter((like.weight / scale).round().to(torch.int8), requires_grad=False)
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight.to(x.dtype) * self.scale)
+
+
+def quantise(base):
+    for layer in base.model.layers:
+        layer.mlp.up_proj = Quantised(layer.mlp.up_proj)
+
+
+def tie(base):
+    base.model.layers[1].self_attn.o_proj.weight = base.model.layers[0].self_attn.o_proj.weight
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("change", "target"), [(quantise, "up_proj"), (tie, "o_proj")])
+def test_quantised_and_tied_layers_are_left_alone_and_compute_with_the_sum(tiny_llama, change, target):
+    module = tiny_lm(tiny_llama, targets=(target,), change=change)
+    layers = adapted_layers(module)
+    past = PastUpdates(module, layers)
+    before = {name: layer.base.weight.clone() for name, layer in layers.items()}
+    for seed in (1, 2):
+        fill(layers, seed)
+        served = module(IDS).logits
+        finish_task(layers, past)
+        assert torch.allclose(module(IDS).logits, served, atol=1e-5)
+    assert all(torch.equal(layer.base.weight, before[name]) for name, layer in layers.items())
+
+
+# --- what leaves ----------------------------------------------------------------------------------------------------
+
+
+def test_the_export_is_one_plain_adapter_of_all_tasks(text_content):
+    from peft import PeftConfig
+    from safetensors.torch import load_file
+
+    result = api.run(resolve.validate({**text_content, "strategy": "reglora"}))
+    config = PeftConfig.from_pretrained(result.run_dir / "export")
+    assert (config.r, config.lora_alpha) == (12, 12)  # three tasks of rank 4
+    weights = load_file(result.run_dir / "export" / "adapter_model.safetensors")
+    assert {tuple(w.shape) for k, w in weights.items() if "lora_A" in k} == {(12, 32)}
+
+
+def test_an_export_in_the_middle_of_a_task_holds_the_current_adapter_too(text_content, tmp_path):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    trainer, _ = after_tasks(text_content, 1)
+    disturb(trainer)
+    current = {n: p.detach().clone() for n, p in named(trainer)}
+    trainer.model.module.eval()
+    served = logits(trainer)
+    trainer.strategy.export(tmp_path / "export")
+    assert all(torch.equal(p, current[n]) for n, p in named(trainer))
+    assert trainer.model.module.peft_config["default"].r == 4
+    base = AutoModelForCausalLM.from_pretrained(text_content["model"]["name"], dtype=torch.float32)
+    trainer.model.module = PeftModel.from_pretrained(base, tmp_path / "export").eval()
+    assert torch.allclose(logits(trainer), served, atol=1e-5)
+
+
+# --- refusals -------------------------------------------------------------------------------------------------------
+
+
+def test_a_model_without_an_adapter_is_refused(text_content):
+    with pytest.raises(ConfigError, match=r"needs a LoRA adapter"):
+        resolve.validate({**text_content, "model": {**text_content["model"], "lora": {"r": 0}}, "strategy": "reglora"})
+    trainer, tasks = trainer_for(text_content)
+    trainer.model.module = trainer.model.module.unload()
+    with pytest.raises(CapabilityError, match=r"needs a LoRA adapter.*set model.lora.r"):
+        trainer.prepare(tasks)
+
+
+def test_options_out_of_range_are_refused_all_at_once(text_content):
+    options = {"name": "reglora", "fraction": 0.0, "mask": "tops", "every": 0}
+    with pytest.raises(ConfigError) as caught:
+        resolve.validate({**text_content, "strategy": options})
+    for key in ("strategy.fraction", "strategy.mask", "strategy.every"):
+        assert key in str(caught.value)
