@@ -106,7 +106,13 @@ def test_a_sentence_encoder_with_a_head_learns_classes_of_text(tmp_path, tiny_ll
     file.write_text("".join(json.dumps(r) + "\n" for r in rows))
     content = {
         "model": {"name": str(folder), "lora": {"r": 0}},
-        "tasks": {"source": "jsonl", "kind": "classification", "scenario": "class", "tasks": [str(file)], "classes_per_task": 2},
+        "tasks": {
+            "source": "jsonl",
+            "kind": "classification",
+            "scenario": "class",
+            "tasks": [str(file)],
+            "classes_per_task": 2,
+        },
         "train": {"epochs": 8, "batch_size": 8, "learning_rate": 0.003},
     }
     result = run(content, tmp_path, {"name": "replay", "replay": {"size": 20}})
