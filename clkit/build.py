@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from clkit.config import ModelConfig, Plugin, RunConfig
+from clkit.config import EvalConfig, ModelConfig, Plugin, RunConfig
 from clkit.engine import ENGINES
-from clkit.errors import CapabilityError, ConfigError
+from clkit.errors import CapabilityError, ClkitError, ConfigError, DataError, ModelError, Problem
+from clkit.evaluation import SCORERS
+from clkit.loader import steps_in_stage
 from clkit.models import load_model, wrap
+from clkit.models.resolve import resolve
 from clkit.registry import STRATEGIES
 from clkit.resolve import validate
 from clkit.rng import fresh_generator
@@ -63,12 +68,134 @@ def input_shape(tasks: TaskSequence) -> tuple[int, ...] | None:
     return tuple(row.shape[1:])
 
 
-def make_model(config: ModelConfig, tasks: TaskSequence, seed: int, say: Callable[[str], None]) -> Model:
-    """Load the model; classification gets a head over all classes of the sequence."""
-    classes = tasks.num_classes if any(t.kind == "classification" for t in tasks) else None
+def num_classes(tasks: TaskSequence) -> int | None:
+    """How many classes a classifier of the sequence tells apart; None where a language model learns it."""
+    return tasks.num_classes if any(t.kind == "classification" for t in tasks) else None
+
+
+def make_model(
+    config: ModelConfig,
+    tasks: TaskSequence,
+    seed: int,
+    say: Callable[[str], None],
+    device: torch.device | None = None,
+) -> Model:
+    """Load the model; classification gets a head over all classes of the sequence.
+
+    ``device`` is the engine's, which decides ``dtype: auto``; None = a GPU when there is one.
+    """
     return load_model(
-        config, num_classes=classes, input_shape=input_shape(tasks), generator=fresh_generator(seed, "model"), say=say
+        config,
+        num_classes=num_classes(tasks),
+        input_shape=input_shape(tasks),
+        generator=fresh_generator(seed, "model"),
+        device=device,
+        say=say,
     )
+
+
+def located(config: RunConfig) -> RunConfig:
+    """The same configuration with the paths of data and model made absolute: it means the same in every directory."""
+    model, options = config.model, config.tasks.config
+    if resolve(model.name).form in ("directory", "gguf"):
+        model = dataclasses.replace(model, name=str(Path(model.name).expanduser().resolve()))
+    if getattr(options, "root", None):
+        root = Path(options.root).expanduser()
+        listed = {k: v for k in ("tasks", "holdout") if isinstance(v := getattr(options, k, None), list)}
+        if listed:  # the entries alone say where the data is
+            paths = {k: [_absolute(root / Path(entry).expanduser()) for entry in v] for k, v in listed.items()}
+            options = dataclasses.replace(options, root=".", **paths)
+        else:
+            options = dataclasses.replace(options, root=_absolute(root))
+    return dataclasses.replace(config, model=model, tasks=Plugin(config.tasks.name, options))
+
+
+def _absolute(path: Path) -> str:
+    """The path from the root; a link keeps its own name, because tasks are called after their files."""
+    return str(path.parent.resolve() / path.name)
+
+
+def stage_steps(config: RunConfig, tasks: TaskSequence) -> list[int]:
+    """Optimiser steps of each stage, by what the strategy trains on there; 0 for a stage that it skips."""
+    strategy = make_strategy(config.strategy)
+    strategy.run = cast(Any, SimpleNamespace(tasks=tasks, config=config))
+    stages = [strategy.training_set(stage) for stage in range(len(tasks))]
+    return [steps_in_stage(sum(len(tasks[i].train) for i in s), config.train) if s else 0 for s in stages]
+
+
+def check(config: RunConfig, tasks: TaskSequence, capabilities: Any) -> Engine:
+    """Everything that can be known to be wrong with a run before its weights are loaded.
+
+    Args:
+        config: the run.
+        tasks: its tasks.
+        capabilities: its strategy's.
+
+    Returns:
+        The engine, which had to be made to be checked.
+
+    Raises:
+        ConfigError, CapabilityError, DataError, ModelError: a single problem as what it is, several as a ConfigError.
+    """
+    errors: list[ClkitError] = []
+    engine: Engine | None = None
+    try:
+        check_capabilities(config.strategy.name, capabilities, tasks)
+    except CapabilityError as error:
+        errors.append(error)
+    errors += _metric_errors(tasks)
+    try:
+        _check_size(config.model, tasks)
+    except ModelError as error:
+        errors.append(error)
+    try:
+        engine = make_engine(config.engine)
+    except ClkitError as error:
+        errors.append(error)
+    if len(errors) == 1:
+        raise errors[0]
+    if errors or engine is None:
+        title = f"Run '{config.name}' can't start; it has {len(errors)} problems:"
+        raise ConfigError.collect(title, [Problem("", str(e).replace("\n", "\n  ")) for e in errors])
+    return engine
+
+
+def _metric_errors(tasks: TaskSequence) -> list[ClkitError]:
+    """Metrics that are unknown, do not score the kind of their task, or lack something in its records."""
+    errors: dict[str, ClkitError] = {}  # by message: a metric that is unknown in every task is one problem
+    for task in (*tasks, *tasks.holdout):
+        try:
+            _check_metric(task)
+        except (ConfigError, CapabilityError, DataError) as error:
+            errors.setdefault(str(error), error)
+    return list(errors.values())
+
+
+def _check_metric(task: Task) -> None:
+    from clkit.evaluation.base import Scoring
+    from clkit.evaluation.options import OptionLogLikelihood
+
+    if task.metric not in SCORERS:
+        raise ConfigError(f"tasks.metric: {SCORERS.unknown(task.metric)}")
+    scorer = SCORERS.get(task.metric)()
+    if task.kind not in scorer.kinds:
+        raise CapabilityError(
+            f"task '{task.name}': metric '{task.metric}' scores {' and '.join(sorted(scorer.kinds))} tasks, "
+            f"and this is a {task.kind} task; set another metric for it"
+        )
+    if not len(task.eval):
+        raise DataError(f"task '{task.name}' has no evaluation examples to score with '{task.metric}'")
+    if isinstance(scorer, OptionLogLikelihood) and isinstance(task.eval, TextExamples):
+        # The metric's own check, with every option taken to have tokens: those are known once there is a tokeniser.
+        records = cast(Any, SimpleNamespace(records=task.eval.records, option_ids=lambda i: [[0]]))
+        scorer.check(Scoring(cast(Any, None), task, records, EvalConfig()))
+
+
+def _check_size(config: ModelConfig, tasks: TaskSequence) -> None:
+    from clkit.models.sizes import too_large
+
+    if why := too_large(config, num_classes(tasks), input_shape(tasks)):
+        raise ModelError(why)
 
 
 def coerce(model: Any, strategy: Any, config: Any) -> tuple[Model, Strategy, RunConfig]:

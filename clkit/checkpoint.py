@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +16,18 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from clkit import __version__
 from clkit.errors import CheckpointError
 from clkit.files import disk_errors, file_sha256
 
 _TENSOR = "__tensor__"
 _ITEMS = "__items__"
 _FORMAT = 1
+_FILES = ("state.json", "state.safetensors")
+
+
+class _NewerFormat(CheckpointError):
+    """A checkpoint that this clkit is too old to read; it is not damaged."""
 
 
 def pack(state: Any, path: str = "") -> tuple[Any, dict[str, Tensor]]:
@@ -68,7 +76,8 @@ class CheckpointStore:
     """The checkpoints of one run: ``checkpoints/<serial>``, newest last, ``keep`` of them.
 
     A checkpoint is a directory with ``state.json``, ``state.safetensors`` and ``manifest.json`` (SHA-256 of both). It
-    is written under a temporary name, synced, and renamed.
+    is written under a temporary name, synced, and renamed. One that must not be used again is kept as
+    ``damaged-<serial>`` or ``bad-<serial>``; serials are never given twice.
     """
 
     def __init__(self, directory: Path, keep: int = 2) -> None:
@@ -77,7 +86,7 @@ class CheckpointStore:
 
     def list(self) -> list[Path]:
         """Complete checkpoints, oldest first."""
-        return sorted(p for p in self.directory.glob("[0-9]*") if p.is_dir())
+        return sorted(p for p in self.directory.glob("[0-9]*") if p.name.isdecimal() and p.is_dir())
 
     def save(self, state: dict[str, Any]) -> Path:
         """Write a new checkpoint and drop the oldest beyond ``keep``.
@@ -85,20 +94,19 @@ class CheckpointStore:
         Raises:
             CheckpointError: the disk is full or the directory can't be written; older checkpoints stay.
         """
-        found = self.list()
-        target = self.directory / f"{(int(found[-1].name) if found else 0) + 1:08d}"
+        names = [re.fullmatch(r"(?:damaged-|bad-)?(\d+)", p.name) for p in self.directory.glob("*")]
+        target = self.directory / f"{max((int(n[1]) for n in names if n), default=0) + 1:08d}"
         temporary = self.directory / f".tmp-{target.name}"
         tree, tensors = pack(state)
-        with disk_errors(target):
+        with disk_errors(target, "What was saved before is intact, and the same command resumes from it."):
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
             try:
                 _save_tensors(temporary / "state.safetensors", tensors)
                 (temporary / "state.json").write_text(json.dumps(tree), encoding="utf-8")
-                hashes = {name: file_sha256(temporary / name) for name in ("state.json", "state.safetensors")}
-                (temporary / "manifest.json").write_text(
-                    json.dumps({"format": _FORMAT, "sha256": hashes}), encoding="utf-8"
-                )
+                hashes = {name: file_sha256(temporary / name) for name in _FILES}
+                manifest = {"format": _FORMAT, "clkit": __version__, "sha256": hashes}
+                (temporary / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
                 for name in (*hashes, "manifest.json"):
                     _sync(temporary / name)
                 temporary.replace(target)
@@ -113,17 +121,24 @@ class CheckpointStore:
     def load(self) -> dict[str, Any] | None:
         """The newest checkpoint that is whole, or None when there is none at all.
 
-        A damaged one is skipped with a warning.
+        A damaged one is skipped with a warning, and set aside so that it does not count towards ``keep``.
 
         Raises:
-            CheckpointError: there are checkpoints, and all are damaged.
+            CheckpointError: there are checkpoints, and all are damaged; or a newer clkit wrote them.
         """
         found = self.list()
+        damaged = []
         for path in reversed(found):
             try:
-                return read_checkpoint(path)
+                state = read_checkpoint(path)
+            except _NewerFormat:
+                raise
             except CheckpointError as error:
                 warnings.warn(f"{error} Falling back to the one before.", RuntimeWarning, stacklevel=2)
+                damaged.append(path)
+            else:
+                self._set_aside(damaged, "damaged")
+                return state
         if found:
             raise CheckpointError(
                 f"{self.directory}: all {len(found)} checkpoints are damaged. "
@@ -131,16 +146,33 @@ class CheckpointStore:
             )
         return None
 
+    def drop_after(self, total_steps: int) -> None:
+        """Set aside, as ``bad-<serial>``, the checkpoints made after more than ``total_steps`` steps."""
+        self._set_aside([p for p in self.list() if _total_steps(p) > total_steps], "bad")
+
+    def _set_aside(self, paths: Iterable[Path], why: str) -> None:
+        for path in paths:
+            with disk_errors(path):
+                path.rename(path.with_name(f"{why}-{path.name}"))
+
+
+def _total_steps(path: Path) -> int:
+    """How many steps a checkpoint has behind it, by ``state.json`` alone; -1 when that can't be read."""
+    try:
+        return int(json.loads((path / "state.json").read_text(encoding="utf-8"))["position"]["total_steps"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return -1
+
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """Read and verify one checkpoint directory.
 
     Raises:
-        CheckpointError: a file is missing, truncated or changed.
+        CheckpointError: a file is missing, truncated or changed, or a newer clkit wrote it.
     """
     try:
-        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
-        wrong = [name for name, digest in manifest["sha256"].items() if file_sha256(path / name) != digest]
+        hashes = _hashes(path)
+        wrong = [name for name in _FILES if file_sha256(path / name) != hashes[name]]
         if wrong:
             raise CheckpointError(f"{path}: damaged checkpoint ({', '.join(wrong)} changed since it was written).")
         tree = json.loads((path / "state.json").read_text(encoding="utf-8"))
@@ -148,6 +180,25 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         return state
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise CheckpointError(f"{path}: damaged checkpoint ({type(error).__name__}: {error}).") from error
+
+
+def _hashes(path: Path) -> dict[str, Any]:
+    """What the manifest says of each file.
+
+    Raises:
+        ValueError: it is not a manifest.
+        CheckpointError: it has a format that this clkit does not know.
+    """
+    manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+    hashes = manifest.get("sha256") if isinstance(manifest, dict) else None
+    if not isinstance(hashes, dict) or not {*_FILES} <= {*hashes} or not isinstance(manifest.get("format"), int):
+        raise ValueError("manifest.json is not a manifest")
+    if manifest["format"] > _FORMAT:
+        raise _NewerFormat(
+            f"{path}: written in checkpoint format {manifest['format']} by clkit {manifest.get('clkit', '(unknown)')}; "
+            f"clkit {__version__} reads format {_FORMAT}. Go on with the clkit that wrote it, or a newer one."
+        )
+    return hashes
 
 
 def _save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
@@ -162,6 +213,8 @@ def _save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     try:
         save_file(unshared, path)
     except SafetensorError as error:  # its own type, also for a full disk
+        if number := re.search(r"os error (\d+)", str(error)):
+            raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
         raise OSError(f"{error}") from error
 
 

@@ -86,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="text files (JSONL, CSV, parquet) to score, instead of the run's tasks",
     )
-    evaluate.add_argument("--metric", default="auto", help="the score for --tasks (default: by the records)")
+    evaluate.add_argument("--metric", help="the score for --tasks (default: by the records)")
 
     listing = _add(commands, "ls", _ls, "list what there is, a line each", "clkit ls strategies")
     listing.add_argument("what", nargs="?", choices=_LISTS, help="default: everything")
@@ -143,13 +143,14 @@ def _version() -> str:
     return f"clkit {__version__}"
 
 
-def _load(arguments: Any) -> list[Any]:
+def _load(arguments: Any) -> tuple[Any, list[Any]]:
+    """The configuration, and the runs that it stands for."""
     from clkit import api, resolve
 
     content = resolve.read(arguments.config, arguments.overrides)
     changed = [o.partition("=")[0] for o in arguments.overrides]
     config = resolve.validate(content, origin=arguments.config, overridden=changed)
-    return api.expand(config, content)
+    return config, api.expand(config, content, arguments.overrides)
 
 
 def _run(arguments: Any) -> None:
@@ -158,8 +159,11 @@ def _run(arguments: Any) -> None:
     from clkit.report import write_report
     from clkit.result import compare_text
 
+    base, configs = _load(arguments)
+    if len(configs) > 1:  # the last one must not fail after the others have run for hours
+        api.check(configs)
     results = []
-    for config in _load(arguments):
+    for config in configs:
         progress = Progress(enabled=not arguments.quiet, bars=config.tracking.progress)
         progress.say(f"== {config.name}: {config.strategy.name} in {config.output_dir}")
         result = api.run(config, fresh=arguments.fresh, progress=progress)
@@ -168,16 +172,20 @@ def _run(arguments: Any) -> None:
         results.append(result)
         report = Path(config.output_dir) / "report.html"
     if len(results) > 1:
-        report = report.parent.parent / "report.html"
+        report = Path(base.output_dir) / "report.html"
         write_report(results, report)
         print(compare_text(results) + "\n")
     print(f"Report: {report}")
 
 
 def _validate(arguments: Any) -> None:
+    from clkit import api
     from clkit.plan import describe
 
-    for config in _load(arguments):
+    configs = _load(arguments)[1]
+    if len(configs) > 1:
+        api.check(configs)
+    for config in configs:
         print(describe(config) + "\n")
 
 
@@ -185,10 +193,12 @@ def _eval(arguments: Any) -> None:
     from clkit import api, build, resolve
     from clkit.result import score_table
 
+    if arguments.metric and not arguments.tasks:
+        raise ConfigError("--metric: is for the files of --tasks; the run's own tasks keep their metric. Give --tasks.")
     with api.open_run(arguments.run_dir) as trainer:
         tasks = trainer.scored
         if arguments.tasks:
-            section = {"source": "jsonl", "tasks": arguments.tasks, "metric": arguments.metric}
+            section = {"source": "jsonl", "tasks": arguments.tasks, "metric": arguments.metric or "auto"}
             tasks = build.whole(build.make_tasks(resolve.validate({"tasks": section}, origin="clkit eval")))
         with trainer.serving():
             print(score_table([trainer.score_task(task) for task in tasks], [task.name for task in tasks]))

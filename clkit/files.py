@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -12,15 +13,29 @@ from typing import Any
 
 from clkit.errors import CheckpointError
 
+_HINTS = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "Free some space, or choose another place"),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "There is no permission to write; choose another place"),
+    errno.ENOENT: "The directory does not exist; make it, or choose another place",
+    errno.EISDIR: "The path is a directory; give the name of a file",
+    **dict.fromkeys((errno.ENOTDIR, errno.EEXIST), "The path, or a part of it, is not a directory; choose another one"),
+}
+
 
 def write_text(path: Path, text: str) -> None:
     """Replace a small file in one step, so that a reader or a crash never meets half of it."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with disk_errors(path), temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    with disk_errors(path):
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        temporary = path.with_name(f".{path.name}.tmp")
+        try:
+            with temporary.open("w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -29,14 +44,14 @@ def write_json(path: Path, value: Any) -> None:
 
 
 @contextlib.contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
-    """Turn an operating-system error into one clear CheckpointError."""
+def disk_errors(path: Path, advice: str = "") -> Iterator[None]:
+    """Turn an operating-system error into one clear CheckpointError; ``advice`` is what else holds at this place."""
     try:
         yield
     except OSError as error:
+        hint = _HINTS.get(error.errno or 0, "Check the disk, or choose another place")
         raise CheckpointError(
-            f"{path}: can't write ({error.strerror or error}). Free some space or choose another output_dir; "
-            "what was saved before is intact, and the same command resumes from it."
+            f"{path}: can't write ({error.strerror or error}). {hint}.{advice and f' {advice}'}"
         ) from error
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from clkit.config import TrainConfig
+from clkit.errors import DataError, Problem
 from clkit.memory import Buffer
 from clkit.models.base import Model
 from clkit.rng import fresh_generator
@@ -29,6 +31,28 @@ class Encodings:
         self._train: dict[int, Encoded] = {}
         self._eval: dict[int, tuple[Task, Encoded]] = {}
         self._classes: dict[int, Tensor] = {}
+
+    def check(self) -> None:
+        """Encode everything now, so that a record that does not fit is found before anything is trained.
+
+        Raises:
+            DataError: with the records of all tasks that do not fit.
+        """
+        problems: list[Problem] = []
+
+        def attempt(what: str, encode: Callable[[], Encoded]) -> None:
+            try:
+                encode()
+            except DataError as error:
+                found = error.problems or (Problem("", str(error)),)
+                problems.extend(Problem(f"task '{what}' {p.where}".rstrip(), p.what) for p in found)
+
+        for index, task in enumerate(self._tasks):
+            attempt(f"{task.name}", partial(self.train, index))
+        for task in (*self._tasks, *self._tasks.holdout):
+            attempt(f"{task.name} (scored)", partial(self.eval, task))
+        if problems:
+            raise DataError.collect("Some records do not fit the model:", problems)
 
     def train(self, index: int) -> Encoded:
         """Training examples of task ``index``."""

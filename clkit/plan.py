@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import torch
+
 from clkit import build
 from clkit.config import RunConfig
-from clkit.loader import steps_in_stage
-from clkit.models import estimate
+from clkit.models.sizes import estimate
 from clkit.registry import STRATEGIES
 from clkit.tasks.base import TaskSequence
 
@@ -18,16 +19,14 @@ def describe(config: RunConfig) -> str:
     """Tasks with sizes and steps, trainable parameters, memory, and where the run goes.
 
     Raises:
-        DataError, CapabilityError: what a run would raise before it loads weights.
+        ClkitError: what a run would raise before it loads weights.
     """
     tasks = build.make_tasks(config)
-    build.check_capabilities(config.strategy.name, STRATEGIES.get(config.strategy.name).capabilities, tasks)
+    engine = build.check(config, tasks, STRATEGIES.get(config.strategy.name).capabilities)
     lines = [f"{config.name}: strategy {config.strategy.name}, engine {config.engine.name}, into {config.output_dir}"]
     width = max(len(t.name) for t in (*tasks, *tasks.holdout))
-    total = 0
-    for task in tasks:
-        steps = steps_in_stage(len(task.train), config.train)
-        total += steps
+    counts = build.stage_steps(config, tasks)
+    for task, steps in zip(tasks, counts, strict=True):
         lines.append(
             f"  {task.name:<{width}}  {len(task.train):>7} train  {len(task.eval):>6} eval"
             f"  {steps:>6} steps  {task.metric}"
@@ -35,15 +34,12 @@ def describe(config: RunConfig) -> str:
     lines += [
         f"  {t.name:<{width}}  {'holdout':>13}  {len(t.eval):>6} eval  {'':>12}  {t.metric}" for t in tasks.holdout
     ]
-    lines.append(
-        f"  {total} optimiser steps of {config.train.batch_size} examples, if every task is learned on its own examples"
-    )
-    return "\n".join([*lines, *_memory(config, tasks)])
+    lines.append(f"  {sum(counts)} optimiser steps of {config.train.batch_size} examples")
+    return "\n".join([*lines, *_memory(config, tasks, engine.device)])
 
 
-def _memory(config: RunConfig, tasks: TaskSequence) -> list[str]:
-    classes = tasks.num_classes if any(t.kind == "classification" for t in tasks) else None
-    sizes = estimate(config.model, num_classes=classes, input_shape=build.input_shape(tasks))
+def _memory(config: RunConfig, tasks: TaskSequence, device: torch.device) -> list[str]:
+    sizes = estimate(config.model, build.num_classes(tasks), build.input_shape(tasks), device)
     if sizes is None:
         return [f"  model {config.model.name}: its size is known once it is fetched"]
     states = _GRADIENT_BYTES + (_SGD_BYTES if config.train.optimizer == "sgd" else _ADAM_BYTES)

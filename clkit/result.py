@@ -62,18 +62,17 @@ class RunResult:
         """Read the result of a finished run.
 
         Raises:
-            CheckpointError: there is no finished run in ``run_dir``.
+            CheckpointError: there is no finished run in ``run_dir``, or its files are damaged.
         """
         directory = RunDirectory(run_dir)
         saved, metrics = directory.read("matrix.json"), directory.read("metrics.json")
         if saved is None or metrics is None:
-            state = (directory.read("status.json") or {}).get("state", "no run")
+            status = directory.read("status.json")
+            state = status.get("state") if isinstance(status, dict) else "no run"
             raise CheckpointError(
                 f"{run_dir}: no finished run here (found: {state}). Run the same command again to finish it."
             )
-        metrics.pop("definitions", None)
-        matrix, initial = (np.array(_nan(saved.pop(key)), dtype=float) for key in ("matrix", "initial"))
-        return cls(matrix=matrix, initial=initial, metrics=metrics, run_dir=Path(run_dir), **saved)
+        return cls(run_dir=directory.path, metrics=_metrics(metrics, directory.path), **_matrix(saved, directory.path))
 
     def summary(self) -> str:
         """The matrix, the metrics with their definitions, and where the model is."""
@@ -123,6 +122,39 @@ def compare_text(results: list[RunResult]) -> str:
         values = (f"{_number(r.metrics.get(key)):>{w}}" for r, w in zip(results, columns, strict=True))
         lines.append(f"{key:<{width}}" + "".join(values) + f"  {DEFINITIONS[key].direction} is better")
     return "\n".join(lines)
+
+
+def _matrix(saved: Any, run_dir: Path) -> dict[str, Any]:
+    """The checked content of ``matrix.json``."""
+    try:
+        names = {key: [str(n) for n in saved[key]] for key in ("tasks", "holdout", "task_metrics")}
+        matrix, initial = (np.array(_nan(saved[key]), dtype=float) for key in ("matrix", "initial"))
+        rest = {"name": str(saved["name"]), "snippet": str(saved["snippet"])}
+        better = [bool(b) for b in saved["higher_is_better"]]
+    except (KeyError, TypeError, ValueError) as error:
+        raise _damaged(run_dir / "matrix.json", f"{type(error).__name__}: {error}") from error
+    rows, columns = len(names["tasks"]), len(names["tasks"]) + len(names["holdout"])
+    shapes = matrix.shape, initial.shape, len(names["task_metrics"]), len(better)
+    if shapes != ((rows, columns), (columns,), columns, columns):
+        raise _damaged(run_dir / "matrix.json", "its rows and columns are not those of its tasks")
+    return {**names, **rest, "matrix": matrix, "initial": initial, "higher_is_better": better}
+
+
+def _metrics(saved: Any, run_dir: Path) -> dict[str, Any]:
+    """The checked content of ``metrics.json``."""
+    if not isinstance(saved, dict):
+        raise _damaged(run_dir / "metrics.json", "not a JSON object")
+    for key in DEFINITIONS:
+        if not isinstance(saved.get(key), (int, float, type(None))):
+            raise _damaged(run_dir / "metrics.json", f"{key} is not a number")
+    return {key: value for key, value in saved.items() if key != "definitions"}
+
+
+def _damaged(file: Path, what: str) -> CheckpointError:
+    return CheckpointError(
+        f"{file}: damaged ({what}). Delete it and run the same command again to write it again, "
+        "restore it from a backup, or start again with --fresh."
+    )
 
 
 def _number(value: float | None) -> str:

@@ -14,13 +14,32 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from clkit.checkpoint import CheckpointStore
-from clkit.errors import CheckpointError
+from clkit.errors import CheckpointError, ClkitError, ConfigError
 from clkit.files import disk_errors, write_json, write_text
+from clkit.resolve import read_file, to_dict, validate
 
 # Keys of the configuration that change no number of a run; a resume may differ in them.
 _FREE = ("name", "output_dir", "checkpoint", "tracking", "compare")
+
+# What a run writes, in the order in which --fresh deletes it: when that is cut short, no checkpoint is left to a
+# configuration that did not make it, and run.json still says that the rest is a run's.
+_OWN = (
+    "checkpoints",
+    "events.jsonl",
+    "matrix.json",
+    "metrics.json",
+    "report.html",
+    "export",
+    ".tmp-export",
+    "config.yaml",
+    "status.json",
+    "run.json",
+)
+_MARKS = ("run.json", "status.json")  # one of them is in every run's directory
+_MEND = "Restore the file from a backup, or start again with --fresh."
 
 
 class RunDirectory:
@@ -62,46 +81,79 @@ class RunDirectory:
                 self._close()
 
     def clear(self) -> None:
-        """Delete what an earlier run left (``--fresh``)."""
-        for entry in self.path.iterdir():
-            if entry.name == ".lock":
-                continue
-            if entry.is_dir():
-                shutil.rmtree(entry)
-            else:
-                entry.unlink()
+        """Delete what an earlier run left (``--fresh``), and nothing else.
+
+        Where there is neither run.json nor status.json was no run: what has a run's file names there is someone else's.
+        """
+        if not any(os.path.lexists(self.path / name) for name in _MARKS):
+            return
+        for name in _OWN:
+            entry = self.path / name
+            with disk_errors(entry):
+                if entry.is_dir() and not entry.is_symlink():
+                    shutil.rmtree(entry)
+                else:
+                    entry.unlink(missing_ok=True)
 
     # --- configuration ----------------------------------------------------------------------------------------------
     def begin(self, config: dict[str, Any], facts: dict[str, Any]) -> None:
         """Write ``config.yaml`` and ``run.json``, or check that they are those of the run that is here.
 
         Raises:
-            CheckpointError: the directory holds a run with another configuration or other data.
+            CheckpointError: the directory holds a run with another configuration or other data, or a damaged run.
         """
         file = self.path / "config.yaml"
         if file.exists():
-            old = OmegaConf.to_container(OmegaConf.load(file))
-            changed = _differences(_fixed(old), _fixed(config))
-            changed += _differences((self.read("run.json") or {}).get("data"), facts["data"], "data")
-            self._refuse(changed)
+            here = self._object("run.json")
+            if not isinstance(here.get("data"), dict):
+                ours = any(os.path.lexists(self.path / name) for name in _MARKS)
+                mend = _MEND if ours else "If it is not a run's, choose another output_dir; else restore run.json."
+                raise CheckpointError(f"{file}: next to it is no run.json that says what data was used. {mend}")
+            changed = self._changes(config) + _differences(here["data"], facts["data"], "data")
+            self._refuse(changed, _clkit_versions(here, facts))
             return
+        if self.checkpoints.list():
+            raise CheckpointError(
+                f"{file}: missing, though there are checkpoints. "
+                "Restore it, choose another output_dir, or start again with --fresh."
+            )
         write_json(self.path / "run.json", facts)
         write_text(file, OmegaConf.to_yaml(OmegaConf.create(config)))
 
     def bind_model(self, provenance: dict[str, Any]) -> None:
         """Write where the weights come from into ``run.json``, or check that they are those of the run that is here."""
-        facts = self.read("run.json") or {}
-        if "model" in facts:
+        facts = self._object("run.json")
+        if "model" not in facts:
+            self.write("run.json", facts | {"model": provenance})
+        elif isinstance(facts["model"], dict):
             self._refuse(_differences(facts["model"].get("weights"), provenance.get("weights"), "model.weights"))
         else:
-            self.write("run.json", facts | {"model": provenance})
+            raise CheckpointError(f"{self.path / 'run.json'}: 'model' is not an object. {_MEND}")
 
-    def _refuse(self, changed: list[str]) -> None:
+    def _changes(self, config: dict[str, Any]) -> list[str]:
+        """Where the configuration of the run that is here differs; options it did not know have their defaults."""
+        try:
+            old = read_file(self.path / "config.yaml")
+        except ConfigError as error:
+            raise CheckpointError(f"{error}. {_MEND}") from error
+        except OmegaConfBaseException as error:
+            reason = str(error).splitlines()[0]
+            raise CheckpointError(f"{self.path / 'config.yaml'}: can't be read ({reason}). {_MEND}") from error
+        if not old:
+            raise CheckpointError(f"{self.path / 'config.yaml'}: is empty. {_MEND}")
+        changed = _differences(_fixed(old), _fixed(config))
+        if changed:
+            with contextlib.suppress(ClkitError):  # options that are gone, or plug-ins: compare what is written
+                changed = _differences(_fixed(to_dict(validate(old))), _fixed(config))
+        return changed
+
+    def _refuse(self, changed: list[str], note: str = "") -> None:
         if changed:
             shown = changed[:10] + ([f"... and {len(changed) - 10} more"] if len(changed) > 10 else [])
             raise CheckpointError(
                 f"{self.path}: holds a run with another configuration:\n  "
                 + "\n  ".join(shown)
+                + note
                 + "\nChoose another output_dir, restore the configuration, or start again with --fresh."
             )
 
@@ -112,20 +164,28 @@ class RunDirectory:
         except FileNotFoundError:
             return None
         except (ValueError, OSError) as error:
-            raise CheckpointError(f"{self.path / name}: can't be read ({error})") from error
+            raise CheckpointError(f"{self.path / name}: can't be read ({error}). {_MEND}") from error
+
+    def _object(self, name: str) -> dict[str, Any]:
+        """The JSON object in a file, empty when the file is not there."""
+        value = self.read(name)
+        if value is not None and not isinstance(value, dict):
+            raise CheckpointError(f"{self.path / name}: is not a JSON object. {_MEND}")
+        return value or {}
 
     def write(self, name: str, value: Any) -> None:
         """Write a JSON file atomically; NaN becomes null."""
         write_json(self.path / name, _finite(value))
 
     def status(self, state: str, **detail: Any) -> None:
-        """Write ``status.json``: created, running, finished, interrupted or failed."""
+        """Write ``status.json``: running, finished, interrupted or failed."""
         write_json(self.path / "status.json", {"state": state, **detail, "time": round(time.time(), 3)})
 
     @property
     def finished(self) -> bool:
-        """Whether the run that is here came to its end."""
-        return (self.read("status.json") or {}).get("state") == "finished"
+        """Whether the run that is here came to its end and its result is there."""
+        whole = all((self.path / name).is_file() for name in ("matrix.json", "metrics.json"))
+        return whole and self._object("status.json").get("state") == "finished"
 
     @contextlib.contextmanager
     def recording_failure(self) -> Iterator[None]:
@@ -140,12 +200,19 @@ class RunDirectory:
 
     # --- events -----------------------------------------------------------------------------------------------------
     def open_events(self, offset: int) -> None:
-        """Go on with ``events.jsonl`` at byte ``offset``; what was written after the checkpoint is cut off."""
+        """Go on with ``events.jsonl`` at byte ``offset``; what was written after the checkpoint is cut off.
+
+        Until it is called, events go nowhere: a run that is only read leaves its file alone.
+        """
         self._close()
         path = self.path / "events.jsonl"
         with disk_errors(path):
             path.touch()
             self._events = path.open("r+b")
+            size = self._events.seek(0, os.SEEK_END)
+            if size < offset:  # lost with the disk's cache: go on after the last line that is whole
+                self._events.seek(0)
+                offset = self._events.read().rfind(b"\n") + 1
             self._events.truncate(offset)
             self._events.seek(0, os.SEEK_END)
 
@@ -182,6 +249,14 @@ def _differences(old: Any, new: Any, where: str = "") -> list[str]:
             found += _differences(old.get(key), new.get(key), f"{where}.{key}" if where else str(key))
         return found
     return [] if old == new else [f"{where}: {_short(old)} -> {_short(new)}"]
+
+
+def _clkit_versions(old: dict[str, Any], new: dict[str, Any]) -> str:
+    """A line for an error message when two versions of clkit met."""
+    then, now = (
+        facts["versions"].get("clkit") if isinstance(facts.get("versions"), dict) else None for facts in (old, new)
+    )
+    return "" if then == now else f"\nThe run was made by clkit {then or '(unknown)'}; this is clkit {now}."
 
 
 def _short(value: Any) -> str:

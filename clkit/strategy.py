@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from clkit.checkpoint import tensor_dict
 from clkit.config import RunConfig, StrategyConfig
 from clkit.engine.base import Engine
-from clkit.errors import Problem
+from clkit.errors import CheckpointError, Problem
 from clkit.loader import Encodings, Pool, StepLoader
 from clkit.memory import Buffer, make_buffer
 from clkit.models.base import Model
@@ -192,7 +192,18 @@ class Strategy(ABC):
         return tensor_dict(self.run.model.module, self._trained)
 
     def load_model_state(self, state: dict[str, Tensor]) -> None:
-        """Inverse of :meth:`model_state`."""
+        """Inverse of :meth:`model_state`.
+
+        Raises:
+            CheckpointError: the state has other tensors than this module; nothing is loaded.
+        """
+        expected = set(self.model_state())
+        if set(state) != expected:
+            odd = sorted(expected.symmetric_difference(state))
+            raise CheckpointError(
+                f"the checkpoint's tensors are not those of this model ({len(odd)} differ, such as '{odd[0]}'); it was "
+                "made by another version or strategy, so start a new run."
+            )
         self.run.model.module.load_state_dict(state, strict=False)
 
     def state_dict(self) -> dict[str, Any]:

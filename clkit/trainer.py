@@ -73,7 +73,9 @@ class SequentialTrainer:
     ) -> None:
         self.model, self.strategy, self.config = coerce(model, strategy, config)
         self.engine = engine or LocalEngine(EngineConfig())
-        self.directory = RunDirectory(directory) if isinstance(directory, (str, Path)) else directory
+        if isinstance(directory, (str, Path)):
+            directory = RunDirectory(directory, self.config.checkpoint.keep)
+        self.directory = directory
         self.progress = progress or Progress(enabled=False)
         self._stop = False
         self._initial_done = self._learned = False
@@ -98,7 +100,9 @@ class SequentialTrainer:
                 return self._fit(tasks)
 
     def _fit(self, tasks: TaskSequence) -> RunResult:
+        self._stop = False
         self.prepare(tasks)
+        self.run.encodings.check()
         state = self.position
         with _stop_on_signal(self._request_stop):
             if self.config.eval.initial and not self._initial_done:
@@ -116,8 +120,8 @@ class SequentialTrainer:
                 self._checkpoint()
         return self._finish()
 
-    def prepare(self, tasks: TaskSequence) -> bool:
-        """Set everything up and load the newest checkpoint; True when there was one."""
+    def prepare(self, tasks: TaskSequence, *, read_only: bool = False) -> bool:
+        """Set everything up and load the newest checkpoint; True when there was one. ``read_only`` writes nothing."""
         self.tasks = tasks
         self.scored = [*tasks, *tasks.holdout]
         self.position = Position()
@@ -125,6 +129,7 @@ class SequentialTrainer:
         self.initial = np.full(len(self.scored), math.nan)
         self._higher_is_better: dict[str, bool] = {}
         self._initial_done = self._learned = False
+        self._previous: Batch | None = None
         streams = Streams(self.config.seed)
         streams.seed_global()
         self.engine.prepare(self.model)
@@ -140,7 +145,7 @@ class SequentialTrainer:
         )
         self.strategy.setup(self.run)
         saved = self.store.load() if self.store is not None else None
-        if self.directory is not None and self.engine.is_main:
+        if self.directory is not None and self.engine.is_main and not read_only:
             self.directory.open_events(saved["events"] if saved else 0)
         if saved:
             self._restore(saved)
@@ -201,6 +206,7 @@ class SequentialTrainer:
         norm = engine.step()
         if norm is not None and not math.isfinite(norm):
             raise self._not_finite("gradient norm", {"norm": norm}, task, batch.ids)
+        self._previous = batch
         self.position.step += 1
         self.position.total_steps += 1
         strategy.after_step()
@@ -215,11 +221,24 @@ class SequentialTrainer:
     def _not_finite(self, what: str, values: dict[str, float], task: Task, ids: list[str]) -> NumericalError:
         shown = ", ".join(ids[:8]) + (f" and {len(ids) - 8} more" if len(ids) > 8 else "")
         self._event("not_finite", what=what, task=task.name, step=self.position.step, ids=ids)
+        culprit = "look at these records"
+        if self._weights_are_broken():
+            culprit = "the update before had broken the weights, so it is not these records"
+            if self.store is not None:
+                self.store.drop_after(self.position.total_steps - 1)
         return NumericalError(
             f"The {what} is not finite in task '{task.name}' at step {self.position.step + 1}: {values}. "
-            f"Records: {shown}. "
-            "Lower train.learning_rate, set train.clip, or look at these records; the last good checkpoint stays."
+            f"Records: {shown}; {culprit}. Lower train.learning_rate or set train.clip, in a new output_dir or with "
+            "--fresh. The last good checkpoint stays."
         )
+
+    def _weights_are_broken(self) -> bool:
+        """Whether the batch of the step before, whose loss was finite, has one no longer."""
+        if self._previous is None:
+            return False
+        with torch.no_grad(), self.engine.autocast():
+            terms = self.strategy.loss(self._previous.to(self.engine.device))
+        return not all(math.isfinite(value) for value in terms.values())
 
     # --- scoring ----------------------------------------------------------------------------------------------------
     def _score(self, row: np.ndarray, when: str) -> None:

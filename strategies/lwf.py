@@ -90,4 +90,6 @@ class LwF(Strategy):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Inverse of :meth:`state_dict`."""
         super().load_state_dict(state)
-        self._teacher = state["teacher"]
+        teacher = state["teacher"]
+        device = self.run.engine.device
+        self._teacher = None if teacher is None else {name: value.to(device) for name, value in teacher.items()}

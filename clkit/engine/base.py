@@ -70,7 +70,7 @@ class Engine(ABC):
 
     @abstractmethod
     def step(self) -> float | None:
-        """Clip, update, advance the schedule, clear gradients; returns the norm before clipping (None: not clipped)."""
+        """Clip, update, advance the schedule, clear gradients; returns the norm before clipping (None: no update)."""
 
     @property
     @abstractmethod

@@ -41,7 +41,7 @@ class LocalEngine(Engine):
         self.group = local_group()
         self.device = pick_device(config.device)
         self._optimizer: torch.optim.Optimizer | None = None
-        self._autocast: AbstractContextManager[Any] = contextlib.nullcontext()
+        self._autocast: torch.dtype | None = None
         self._scaler: torch.amp.GradScaler | None = None
         self._parameters: list[nn.Parameter] = []
         self._train = TrainConfig()
@@ -52,7 +52,7 @@ class LocalEngine(Engine):
         model.module.to(self.device)
         dtype = getattr(model, "autocast_dtype", None)
         if dtype is not None:
-            self._autocast = torch.autocast(self.device.type, dtype=dtype)
+            self._autocast = None if dtype == torch.float32 else dtype
         if dtype is torch.float16:
             self._scaler = torch.amp.GradScaler(self.device.type)
 
@@ -78,7 +78,9 @@ class LocalEngine(Engine):
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The model's compute type."""
-        return self._autocast
+        if self._autocast is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=self._autocast)
 
     def backward(self, loss: Tensor) -> None:
         """Backward, with the loss scaled under float16."""
@@ -93,14 +95,17 @@ class LocalEngine(Engine):
         """One update."""
         if self._optimizer is None:
             return None
-        norm = None
+        norm: float | None
         if self._train.clip > 0:
             norm = float(torch.nn.utils.clip_grad_norm_(self._parameters, self._train.clip))
+        else:
+            gradients = [p.grad for p in self._parameters if p.grad is not None]
+            norm = float(torch.nn.utils.get_total_norm(gradients))
         if self._scaler is not None:
             self._scaler.step(self._optimizer)
             self._scaler.update()
-            norm = None if norm is not None and not math.isfinite(norm) else norm  # the scaler skipped this step
-        elif norm is None or math.isfinite(norm):
+            norm = norm if math.isfinite(norm) else None  # the scaler skipped this step
+        elif math.isfinite(norm):
             self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         self._done += 1
@@ -161,6 +166,8 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise CapabilityError(f"engine.device: '{name}' is no device; use auto, cpu, cuda or cuda:N") from error
+    if device.type not in ("cpu", "cuda"):
+        raise CapabilityError(f"engine.device: '{name}' is not supported; use auto, cpu, cuda or cuda:N")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise CapabilityError(
             f"engine.device: '{name}' asked for, but {torch.cuda.device_count()} GPUs are visible; use auto or cpu"

@@ -76,7 +76,7 @@ class BalancedBuffer(_GroupedBuffer):
 
 
 class RingBuffer(_GroupedBuffer):
-    """The newest records of each group: ``size`` divided by the number of groups seen so far, first in, first out.
+    """The newest records of each class of each task: ``size`` over the number of such groups, first in, first out.
 
     What does not divide goes to the groups that came first. When a new group comes, the others give up their oldest
     records. With more groups than ``size``, the last ones have no place.
@@ -87,6 +87,11 @@ class RingBuffer(_GroupedBuffer):
     def __init__(self, size: int) -> None:
         super().__init__(size)
         self._shares: dict[str, int] = {}
+
+    @staticmethod
+    def _group_of(ref: Ref) -> str:
+        # By task too: where a class comes back in every task, the newest task would push all earlier ones out.
+        return f"task {ref.task} class {ref.label}"
 
     def _offer(self, ref: Ref, draw: float) -> None:
         name = self._group_of(ref)

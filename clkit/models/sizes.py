@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +19,35 @@ from clkit.models.resolve import Resolved, architectures, check, resolve, settle
 from clkit.models.seeding import seeded
 from clkit.models.store import cache_root, manifest
 
+#: A multi-layer perceptron beyond this is a slip of the keyboard, and building it would take the machine down.
+MAX_BUILT = 10**9
+
+
+def too_large(config: ModelConfig, num_classes: int | None, input_shape: tuple[int, ...] | None) -> str:
+    """Why a model of these widths is refused before anything is allocated; empty when it is not."""
+    if config.name != "mlp" or input_shape is None:
+        return ""
+    widths = [math.prod(input_shape), *config.hidden, num_classes or 0]
+    count = sum((a + 1) * b for a, b in pairwise(widths))
+    if count <= MAX_BUILT:
+        return ""
+    return f"model.hidden: {list(config.hidden)} makes {count:,} parameters (expected at most {MAX_BUILT:,})"
+
 
 def estimate(
-    config: ModelConfig, num_classes: int | None = None, input_shape: tuple[int, ...] | None = None
+    config: ModelConfig,
+    num_classes: int | None = None,
+    input_shape: tuple[int, ...] | None = None,
+    device: torch.device | None = None,
 ) -> dict[str, int] | None:
-    """See ``clkit.models.estimate``."""
+    """See ``clkit.models.estimate``; ``device`` decides ``dtype: auto``, as in loading."""
     from clkit.models.loading import is_image_backbone, misfit
 
     config = settled(config, num_classes)
     if problems := check(config):
         raise ModelError.collect("The model can't be loaded:", problems)
     found = resolve(config.name)
-    if why := misfit(found, config, num_classes):
+    if why := misfit(found, config, num_classes) or too_large(config, num_classes, input_shape):
         raise ModelError(why)
     generator = torch.Generator().manual_seed(0)
     if is_image_backbone(found):
@@ -49,7 +68,7 @@ def estimate(
             module = attach_lora(module, config.lora, generator, "CAUSAL_LM" if num_classes is None else None)
         # As in loading: only the frozen base model of a language model's adapter is kept in less than float32.
         lean = num_classes is None and config.lora.r
-        kept = pick_dtype(config.dtype) if lean else torch.float32
+        kept = pick_dtype(config.dtype, device) if lean else torch.float32
     if config.freeze_backbone:
         module.requires_grad_(False)
     head = 0 if num_classes is None else (out + 1) * num_classes

@@ -48,6 +48,7 @@ class ModuleClassifier(Model):
 
     def __init__(self, name: str, module: nn.Module, provenance: Mapping[str, Any] | None = None) -> None:
         super().__init__(name, module, provenance or {"origin": "module"})
+        self._classes = 0  # the largest label that was encoded, plus one
 
     def encode(self, examples: Examples) -> Encoded:
         """Take tensors as they are; uint8 images become floats in [0, 1].
@@ -57,12 +58,24 @@ class ModuleClassifier(Model):
         """
         if not isinstance(examples, LabelledExamples) or isinstance(examples.inputs, tuple):
             raise DataError(f"Model '{self.name}' reads tensors with labels; got {type(examples).__name__}.")
+        if len(examples):
+            self._classes = max(self._classes, int(examples.labels.max()) + 1)
         return EncodedTensors(examples.inputs, examples.labels, examples.ids)
 
     def logits(self, batch: Batch) -> Tensor:
-        """(B, num_classes)."""
+        """(B, num_classes).
+
+        Raises:
+            DataError: the module gives something else, or has fewer outputs than the tasks have classes.
+        """
         x = batch.inputs["x"]
-        out: Tensor = self.module(x if x.is_floating_point() else x.float() / 255)
+        out = self.module(x if x.is_floating_point() else x.float() / 255)
+        if not isinstance(out, Tensor) or out.dim() != 2 or out.shape[1] < self._classes:
+            got = f"shape {tuple(out.shape)}" if isinstance(out, Tensor) else f"a {type(out).__name__}"
+            raise DataError(
+                f"Model '{self.name}' must give logits (B, num_classes), and these tasks have {self._classes} classes; "
+                f"a batch of {len(x)} gave {got}."
+            )
         return out
 
     def loss(self, batch: Batch, logits: Tensor | None = None) -> Tensor:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import resource
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from clkit.checkpoint import CheckpointStore, pack, read_checkpoint, tensor_dict, unpack
 from clkit.errors import CheckpointError
@@ -112,3 +114,73 @@ def test_tied_frozen_weights_are_not_taken_for_buffers():
         "2.running_var",
         "2.num_batches_tracked",
     }
+
+
+@pytest.mark.parametrize("manifest", ["[]", "3", "{}", '{"format": 1, "sha256": []}', '{"format": 1, "sha256": {}}'])
+def test_a_manifest_of_another_shape_is_a_damaged_checkpoint(tmp_path, manifest):
+    store = CheckpointStore(tmp_path)
+    store.save({"i": 1})
+    (store.save({"i": 2}) / "manifest.json").write_text(manifest)
+    with pytest.warns(RuntimeWarning, match="Falling back"):
+        assert store.load() == {"i": 1}
+
+
+def test_a_checkpoint_of_a_newer_clkit_is_neither_read_nor_taken_for_damaged(tmp_path):
+    store = CheckpointStore(tmp_path)
+    store.save({"i": 1})
+    file = store.save({"i": 2}) / "manifest.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "format": 2, "clkit": "7.0"}))
+    with pytest.raises(CheckpointError, match=r"format 2 by clkit 7\.0.*the clkit that wrote it"):
+        store.load()
+    assert [p.name for p in store.list()] == ["00000001", "00000002"]
+
+
+def test_damaged_checkpoints_are_set_aside_and_do_not_push_whole_ones_out(tmp_path):
+    store = CheckpointStore(tmp_path, keep=2)
+    store.save({"i": 1})
+    (store.save({"i": 2}) / "state.json").write_text("")
+    with pytest.warns(RuntimeWarning):
+        assert store.load() == {"i": 1}
+    assert {p.name for p in tmp_path.iterdir()} == {"00000001", "damaged-00000002"}
+    third = store.save({"i": 3})
+    assert third.name == "00000003"
+    (third / "state.json").write_text("")
+    with pytest.warns(RuntimeWarning):
+        assert store.load() == {"i": 1}
+    assert store.save({"i": 4}).name == "00000004"
+
+
+def test_when_all_are_damaged_they_stay_where_they_are(tmp_path):
+    store = CheckpointStore(tmp_path)
+    for i in range(2):
+        (store.save({"i": i}) / "state.json").write_text("")
+    with pytest.warns(RuntimeWarning), pytest.raises(CheckpointError, match="all 2 checkpoints are damaged"):
+        store.load()
+    assert len(store.list()) == 2
+
+
+def test_checkpoints_after_a_step_can_be_set_aside(tmp_path):
+    store = CheckpointStore(tmp_path, keep=5)
+    for steps in (2, 4, 6):
+        store.save({"position": {"total_steps": steps}})
+    (store.save({"position": {"total_steps": 8}}) / "state.json").write_text("{")
+    store.drop_after(4)
+    assert {p.name for p in tmp_path.iterdir()} == {"00000001", "00000002", "bad-00000003", "00000004"}
+    with pytest.warns(RuntimeWarning):
+        assert store.load()["position"]["total_steps"] == 4
+    assert store.save({"i": 5}).name == "00000005"
+
+
+def test_a_name_that_is_no_serial_is_not_a_checkpoint(tmp_path):
+    store = CheckpointStore(tmp_path)
+    (tmp_path / "1-backup").mkdir()
+    assert store.save({"i": 1}).name == "00000001" and store.load() == {"i": 1}
+
+
+def test_a_checkpoint_that_can_not_be_written_says_why_and_that_the_command_resumes(tmp_path, monkeypatch):
+    def full(*arguments):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("clkit.checkpoint.save_file", full)
+    with pytest.raises(CheckpointError, match=r"No space left.*Free some space.*the same command resumes"):
+        CheckpointStore(tmp_path).save({"a": torch.zeros(1)})

@@ -50,6 +50,105 @@ def test_two_compare_entries_that_share_a_directory_are_an_error_before_anything
     assert not (tmp_path / "run").exists()
 
 
+def compare_file(content, tmp_path, entries):
+    file = tmp_path / "compare.yaml"
+    file.write_text(yaml.safe_dump({**content, "compare": entries}))
+    return str(file)
+
+
+@pytest.mark.parametrize("entry", [[], ["strategy.replay.size="], ["name=."], ["name=.."]])
+def test_a_compare_entry_without_a_name_of_its_own_is_an_error(entry, text_content, tmp_path, capsys):
+    assert main(["run", compare_file(text_content, tmp_path, [["strategy=replay"], entry])]) == 2
+    assert "compare[1]: got" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_override_that_compare_would_undo_is_an_error_that_says_how_to_run_one(text_content, tmp_path, capsys):
+    file = compare_file(text_content, tmp_path, [["strategy=naive"], ["strategy=replay", "strategy.replay.size=5"]])
+    for override in ("strategy=lwf", "strategy.replay.size=9"):
+        assert main(["validate", file, override]) == 2
+        assert "strategy is set by every entry of compare; add compare=[]" in capsys.readouterr().err
+    assert main(["validate", file, "strategy=lwf", "compare=[]"]) == 0
+    assert "strategy lwf" in capsys.readouterr().out
+    assert main(["validate", file, "train.epochs=3"]) == 0
+
+
+def test_every_entry_of_compare_is_checked_before_the_first_run_starts(text_content, tmp_path, capsys):
+    file = compare_file(text_content, tmp_path, [["strategy=naive"], ["tasks.metric=exact-mach"]])
+    for command in ("run", "validate"):
+        assert main([command, file]) == 2
+        err = capsys.readouterr().err
+        assert "1 of 2 runs can't start" in err and "Did you mean 'exact-match'" in err
+    assert not (tmp_path / "run").exists()
+
+
+WRONG = {
+    "tasks.metric=exact-mach": "Unknown metric 'exact-mach'. Did you mean 'exact-match'",
+    "tasks.metric=accuracy": "metric 'accuracy' scores classification tasks",
+    "tasks.options=none tasks.metric=option-loglik": "it has no `options`",
+    "engine.device=cuda:99": "engine.device: 'cuda:99' asked for",
+}
+
+
+@pytest.mark.parametrize("command", ["validate", "run"])
+@pytest.mark.parametrize("overrides", WRONG)
+def test_validate_and_run_find_the_same_before_weights_are_loaded(
+    command, overrides, config, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr("clkit.build.load_model", lambda *args, **kwargs: pytest.fail("weights were loaded"))
+    assert main([command, str(config), *overrides.split()]) == 2
+    assert WRONG[overrides] in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_problems_of_metric_and_device_come_together_and_once_each(config, capsys):
+    assert main(["validate", str(config), "tasks.metric=accuraci", "engine.device=cuda:99"]) == 2
+    err = capsys.readouterr().err
+    assert "2 problems" in err and err.count("Unknown metric") == 1 and err.count("cuda:99") == 1
+
+
+@pytest.mark.parametrize(
+    ("strategy", "steps", "total"),
+    [("naive", [6, 6, 6], 18), ("joint", [0, 0, 18], 18), ("cumulative", [6, 12, 18], 36)],
+)
+def test_validate_counts_the_steps_that_the_strategy_takes(strategy, steps, total, config, capsys):
+    assert main(["validate", str(config), "train.epochs=3", f"strategy={strategy}"]) == 0
+    out = capsys.readouterr().out
+    assert [int(line.split()[5]) for line in out.splitlines() if " train " in line and " eval " in line] == steps
+    assert f"  {total} optimiser steps" in out
+
+
+@pytest.mark.parametrize("command", ["validate", "run"])
+def test_a_network_of_absurd_width_is_one_clear_error(command, vision_content, tmp_path, capsys):
+    file = tmp_path / "wide.yaml"
+    file.write_text(yaml.safe_dump({**vision_content, "model": {"name": "mlp", "hidden": [10**9, 10**9]}}))
+    assert main([command, str(file)]) == 2
+    assert "model.hidden: [1000000000, 1000000000] makes" in capsys.readouterr().err
+
+
+def test_eval_and_export_and_resume_work_from_another_directory(text_content, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    text_content["tasks"]["tasks"] = [Path(f).name for f in text_content["tasks"]["tasks"]]
+    text_content["output_dir"] = "run"
+    (tmp_path / "model").symlink_to(text_content["model"]["name"])
+    text_content["model"]["name"] = "model"
+    Path("config.yaml").write_text(yaml.safe_dump(text_content))
+    assert main(["run", "config.yaml", "--quiet"]) == 0
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert main(["eval", "../run"]) == 0
+    assert main(["export", "../run", "mine"]) == 0
+    capsys.readouterr()
+    again = ["run", "../config.yaml", "tasks.root=..", "model.name=../model", "output_dir=../run"]
+    assert main(again) == 0, capsys.readouterr().err
+    assert "already finished" in capsys.readouterr().err
+
+
+def test_eval_with_a_metric_but_no_files_is_an_error(tmp_path, capsys):
+    assert main(["eval", str(tmp_path), "--metric", "rouge-l"]) == 2
+    assert "Give --tasks" in capsys.readouterr().err
+
+
 def test_validate_says_what_the_run_would_do_and_leaves_no_trace(config, tmp_path, capsys):
     before = sorted(tmp_path.rglob("*"))
     assert main(["validate", str(config), "train.epochs=3"]) == 0

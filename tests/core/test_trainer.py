@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from clkit import api, resolve
-from clkit.errors import CheckpointError, NumericalError
+from clkit.errors import CheckpointError, DataError, NumericalError
 from clkit.rundir import RunDirectory
 from clkit.strategy import Strategy
 from clkit.trainer import Interrupted
@@ -177,3 +177,88 @@ def test_schedules_and_optimizer_state_can_go_on_over_tasks(text_content):
     peak = rates.index(max(rates))
     assert rates[: peak + 1] == sorted(rates[: peak + 1]) and rates[peak:] == sorted(rates[peak:], reverse=True)
     assert len(set(rates)) > 8
+
+
+def test_a_gradient_that_is_not_finite_is_refused_even_without_clipping(text_content, monkeypatch):
+    class Rooted(Strategy):
+        def loss(self, batch):
+            terms = super().loss(batch)
+            if self.run.position.total_steps == 3:
+                zero = sum(p.sum() for p in self.parameters()) * 0
+                terms["root"] = (zero * zero).sqrt()  # 0, with the gradient 0 / 0
+            return terms
+
+    monkeypatch.setattr(api.build, "make_strategy", lambda plugin: Rooted(plugin.config))
+    with pytest.raises(NumericalError, match="gradient norm is not finite in task 'red' at step 4"):
+        run(text_content, train={"clip": 0.0})
+
+
+def test_an_update_that_breaks_the_weights_takes_its_checkpoint_with_it(tmp_path):
+    content = {
+        "output_dir": str(tmp_path / "run"),
+        "model": {"name": "mlp", "hidden": [8]},
+        "tasks": {"source": "digits", "train_limit": 20},
+        "train": {"optimizer": "sgd", "learning_rate": 1e38, "clip": 0.0},
+        "checkpoint": {"every_steps": 1, "keep": 9},
+    }
+    with pytest.raises(NumericalError, match="the update before had broken the weights"):
+        run(content)
+    saved = RunDirectory(tmp_path / "run").checkpoints.load()
+    assert saved["position"]["total_steps"] == 0
+    assert all(bool(t.isfinite().all()) and float(t.abs().max()) < 10 for t in saved["model"].values())
+
+
+def test_a_record_that_does_not_fit_is_found_before_the_first_step(text_content):
+    file = Path(text_content["tasks"]["tasks"][2])
+    rows = file.read_text().splitlines()
+    rows += [json.dumps({"prompt": f"green {i}", "answer": "long " * 99, "id": f"long-{i}"}) for i in (1, 2)]
+    file.write_text("\n".join(json.dumps({k: v for k, v in json.loads(r).items() if k != "options"}) for r in rows))
+    text_content["tasks"]["eval_fraction"] = 0.5
+    with pytest.raises(DataError, match=r"(?s)do not fit the model.*task 'green.*long-.*task 'green.*long-"):
+        run(text_content, model={"max_length": 64})
+    assert not (Path(text_content["output_dir"]) / "checkpoints").exists()
+
+
+def test_a_trainer_that_was_interrupted_goes_on_when_asked_again(text_content, tmp_path, monkeypatch):
+    from clkit.trainer import SequentialTrainer
+
+    config = resolve.validate(text_content)
+    tasks = api.build.make_tasks(config)
+    model = api.build.make_model(config.model, tasks, config.seed, lambda text: None)
+    trainer = SequentialTrainer(model, "naive", config, directory=tmp_path / "run")
+    plain = Strategy.after_step
+
+    def press(self):
+        if self.run.position.total_steps == 3:
+            trainer._request_stop()
+        plain(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Strategy, "after_step", press)
+        with pytest.raises(Interrupted):
+            trainer.fit(tasks)
+    assert not np.isnan(trainer.fit(tasks).matrix[-1]).any()
+
+
+def test_micro_batches_and_gradient_checkpointing_really_happen(text_content, tmp_path, monkeypatch):
+    from clkit.models.causal_lm import CausalLM
+
+    rows: list[int] = []
+    plain = CausalLM.loss
+
+    def counting(self, batch, logits=None):
+        rows.append(len(batch))
+        return plain(self, batch, logits)
+
+    monkeypatch.setattr(CausalLM, "loss", counting)
+    run(text_content, train={"micro_batch": 3, "steps": 1})
+    assert rows == [3, 1] * 3
+
+    config = resolve.validate({**text_content, "model": {**text_content["model"], "gradient_checkpointing": True}})
+    model = api.build.make_model(config.model, api.build.make_tasks(config), 0, lambda text: None)
+    calls = []
+    layer = model.module.get_base_model().model.layers[0]
+    layer.self_attn.register_forward_hook(lambda *a: calls.append(1))
+    batch = model.encode(api.build.make_tasks(config)[0].train).batch(torch.arange(2))
+    model.loss(batch).backward()
+    assert len(calls) == 2, "once forward, once again for the backward pass"

@@ -221,3 +221,12 @@ class TestRing:
             buffer.add(stream(4, label, label), rng)
             assert len(buffer) <= 3
         assert labels(buffer) == {0: 1, 1: 1, 2: 1}
+
+
+def test_a_ring_keeps_records_of_every_task_where_classes_come_back():
+    buffer = make_buffer("ring", 12)
+    generator = torch.Generator().manual_seed(0)
+    for task in range(3):
+        buffer.add([Ref(task, i, i % 2, f"{task}/{i}") for i in range(40)], generator)
+    assert {ref.task for ref in buffer.refs} == {0, 1, 2}
+    assert len(buffer.sample(6, generator, exclude_tasks={2})) == 6

@@ -1,0 +1,103 @@
+"""The Python entry points: what they accept, what they record, what they leave alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from torch import nn
+
+import clkit
+from clkit import api, build, resolve
+from clkit.errors import CheckpointError, ConfigError, DataError
+from clkit.models import wrap
+
+
+@pytest.fixture
+def digits():
+    section = {"source": "digits", "train_limit": 12, "eval_limit": 6}
+    return build.make_tasks(resolve.validate({"tasks": section, "model": "mlp"}))
+
+
+def network(classes: int = 10) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Linear(64, classes)
+
+
+def test_one_file_is_one_task(text_content, tmp_path):
+    quick = {"model.prompt": "plain", "train.steps": 1, "eval.max_new_tokens": 2}
+    result = clkit.fit(text_content["model"]["name"], tmp_path / "red.jsonl", output_dir=tmp_path / "one", **quick)
+    assert json.loads((tmp_path / "one" / "matrix.json").read_text())["tasks"] == ["red"]
+    assert result.name == "one"
+
+
+@pytest.mark.parametrize("tasks", [3, None, [1, 2], b"red.jsonl", object()])
+def test_tasks_of_a_wrong_type_are_an_error_that_says_what_is_accepted(tasks):
+    with pytest.raises(ConfigError, match="tasks: got .*, expected a file, a list of files, a mapping .* TaskSequence"):
+        clkit.fit(tasks=tasks)
+
+
+def test_a_model_of_a_wrong_type_is_an_error():
+    with pytest.raises(ConfigError, match="model: got int, expected a name"):
+        clkit.fit(3, tasks="red.jsonl")
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_module_and_tasks_made_in_python_are_used_and_asked_for_again(wrapped, digits, tmp_path):
+    model = wrap(network()) if wrapped else network()
+    module = model.module if wrapped else model
+    before = module.weight.detach().clone()
+    result = clkit.fit(model, digits, output_dir=tmp_path / "run", train={"optimizer": "sgd", "learning_rate": 0.1})
+    assert not torch.equal(module.weight, before)
+    facts = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert facts["tasks_from"] == facts["model_from"] == "python"
+    with pytest.raises(CheckpointError, match="tasks were made in Python: give tasks="), api.open_run(result.run_dir):
+        pass
+    with pytest.raises(CheckpointError, match="model was made in Python: give model="):  # noqa: SIM117
+        with api.open_run(result.run_dir, tasks=digits):
+            pass
+    with api.open_run(result.run_dir, tasks=digits, model=network()) as trainer:
+        assert torch.equal(trainer.model.module.weight, module.weight)
+
+
+@pytest.mark.parametrize("module", [network(5), nn.Sequential(network(), nn.Unflatten(1, (5, 2)))])
+def test_a_module_whose_output_does_not_fit_the_classes_is_a_data_error(module, digits, tmp_path):
+    with pytest.raises(DataError, match=r"must give logits \(B, num_classes\), and these tasks have 10 classes"):
+        clkit.fit(module, digits, output_dir=tmp_path / "run", eval={"initial": False}, train={"epochs": 5})
+
+
+def test_opening_a_run_changes_nothing_in_it(text_content, tmp_path):
+    result = api.run(resolve.validate(text_content))
+    events = tmp_path / "run" / "events.jsonl"
+    with events.open("a") as file:
+        file.write('{"event": "mine"}\n')
+
+    def content():
+        return {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in (tmp_path / "run").rglob("*") if p.is_file()}
+
+    before = content()
+    with api.open_run(result.run_dir) as trainer, trainer.serving():
+        trainer.score_task(trainer.scored[0])
+    after = content()
+    after.pop(tmp_path / "run" / ".lock", None)
+    before.pop(tmp_path / "run" / ".lock", None)
+    assert after == before
+
+
+def test_the_type_of_the_weights_is_chosen_for_the_engines_device(text_content, tmp_path, monkeypatch):
+    seen = []
+    load = build.load_model
+    monkeypatch.setattr(build, "load_model", lambda *a, **k: seen.append(k["device"]) or load(*a, **k))
+    result = api.run(resolve.validate({**text_content, "engine": {"name": "local", "device": "cpu"}}))
+    with api.open_run(result.run_dir):
+        pass
+    assert seen == [torch.device("cpu")] * 2
+
+
+def test_a_task_without_evaluation_examples_is_found_before_training(digits, tmp_path):
+    empty = dataclasses.replace(digits[0], name="empty", eval=digits[0].eval.subset([]))
+    with pytest.raises(DataError, match="'empty' has no evaluation examples"):
+        clkit.fit(network(), clkit.TaskSequence([empty]), output_dir=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
