@@ -135,7 +135,7 @@ def check(config: RunConfig, tasks: TaskSequence, capabilities: Any) -> Engine:
         The engine, which had to be made to be checked.
 
     Raises:
-        ConfigError, CapabilityError, DataError, ModelError: a single problem as what it is, several as a ConfigError.
+        ConfigError, CapabilityError, DataError, ModelError: as what the problems are; a ConfigError where they differ.
     """
     errors: list[ClkitError] = []
     engine: Engine | None = None
@@ -156,7 +156,9 @@ def check(config: RunConfig, tasks: TaskSequence, capabilities: Any) -> Engine:
         raise errors[0]
     if errors or engine is None:
         title = f"Run '{config.name}' can't start; it has {len(errors)} problems:"
-        raise ConfigError.collect(title, [Problem("", str(e).replace("\n", "\n  ")) for e in errors])
+        kinds = {type(error) for error in errors}
+        kind = kinds.pop() if len(kinds) == 1 else ConfigError
+        raise kind.collect(title, [Problem("", str(e).replace("\n", "\n  ")) for e in errors])
     return engine
 
 
@@ -181,7 +183,7 @@ def _check_metric(task: Task) -> None:
     if task.kind not in scorer.kinds:
         raise CapabilityError(
             f"task '{task.name}': metric '{task.metric}' scores {' and '.join(sorted(scorer.kinds))} tasks, "
-            f"and this is a {task.kind} task; set another metric for it"
+            f"and this is of kind {task.kind}; set another metric for it"
         )
     if not len(task.eval):
         raise DataError(f"task '{task.name}' has no evaluation examples to score with '{task.metric}'")

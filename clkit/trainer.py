@@ -12,9 +12,8 @@ from __future__ import annotations
 import contextlib
 import math
 import shutil
-import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,13 +38,10 @@ from clkit.resolve import to_dict
 from clkit.result import RunResult
 from clkit.rng import Streams
 from clkit.rundir import RunDirectory
+from clkit.signals import Interrupted, stop_on_signal
 from clkit.strategy import Position, RunContext, Strategy, TaskLoop
 from clkit.tasks.base import Task, TaskSequence
 from clkit.tasks.batch import Batch
-
-
-class Interrupted(KeyboardInterrupt):
-    """Ctrl-C or SIGTERM arrived; the state was saved at the end of the step."""
 
 
 class SequentialTrainer:
@@ -104,7 +100,7 @@ class SequentialTrainer:
         self.prepare(tasks)
         self.run.encodings.check()
         state = self.position
-        with _stop_on_signal(self._request_stop):
+        with stop_on_signal(self._request_stop):
             if self.config.eval.initial and not self._initial_done:
                 self._score(self.initial, "before training")
                 self._initial_done = True
@@ -416,26 +412,3 @@ class _Loop(TaskLoop):
         if trainer._stop or (config.checkpoint.every_steps and step % config.checkpoint.every_steps == 0):
             trainer._checkpoint()
         return terms
-
-
-class _stop_on_signal:
-    """Within the context SIGINT and SIGTERM ask for a stop at the end of the step; a second one stops at once."""
-
-    def __init__(self, request: Callable[[], None]) -> None:
-        self._request = request
-        self._old: dict[int, Any] = {}
-
-    def _handle(self, number: int, frame: Any) -> None:
-        self._request()
-        signal.signal(number, self._old[number] or signal.SIG_DFL)
-
-    def __enter__(self) -> None:
-        try:
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._old[number] = signal.signal(number, self._handle)
-        except ValueError:  # signals can be set in the main thread only; elsewhere the caller's handling stays
-            self._old = {}
-
-    def __exit__(self, *error: object) -> None:
-        for number, old in self._old.items():
-            signal.signal(number, old)

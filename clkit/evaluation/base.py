@@ -144,7 +144,7 @@ def evaluate(
     if task.kind not in scorer.kinds:
         raise CapabilityError(
             f"task '{task.name}': metric '{metric}' scores {' and '.join(sorted(scorer.kinds))} tasks, "
-            f"and this is a {task.kind} task; set another metric for it"
+            f"and this task is of kind {task.kind}; set another metric for it"
         )
     if not len(encoded):
         raise DataError(f"task '{task.name}' has no evaluation examples to score with '{metric}'")

@@ -12,8 +12,8 @@ import torch
 from clkit import api, resolve
 from clkit.errors import CheckpointError, DataError, NumericalError
 from clkit.rundir import RunDirectory
+from clkit.signals import Interrupted
 from clkit.strategy import Strategy
-from clkit.trainer import Interrupted
 
 
 def run(content, **changes):
