@@ -119,7 +119,7 @@ def test_progress_counts_examples():
     ("points", "metric", "error", "message"),
     [
         (task(), "acuracy", ConfigError, "Did you mean 'accuracy'"),
-        (task(), "perplexity", CapabilityError, "scores text tasks, and this is a classification task"),
+        (task(), "perplexity", CapabilityError, "scores text tasks, and this task is of kind classification"),
         (task(kind="edit"), "accuracy", CapabilityError, "edit task"),
         (task(0), "accuracy", DataError, "'points' has no evaluation examples"),
     ],
