@@ -120,7 +120,7 @@ def test_progress_counts_examples():
     [
         (task(), "acuracy", ConfigError, "Did you mean 'accuracy'"),
         (task(), "perplexity", CapabilityError, "scores text tasks, and this task is of kind classification"),
-        (task(kind="edit"), "accuracy", CapabilityError, "edit task"),
+        (task(kind="edit"), "accuracy", CapabilityError, "of kind edit"),
         (task(0), "accuracy", DataError, "'points' has no evaluation examples"),
     ],
 )
