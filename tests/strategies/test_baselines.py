@@ -52,10 +52,11 @@ def test_distillation_with_weight_zero_is_naive(digits, tmp_path):
 
 
 def test_distillation_keeps_more_when_the_task_is_known_at_test(digits, tmp_path):
-    digits["tasks"]["scenario"] = "task"
+    digits["tasks"]["scenario"], digits["seed"] = "task", 1  # an order of tasks in which naive forgets much
     naive = run(digits, tmp_path, "naive").metrics
     lwf = run(digits, tmp_path, {"name": "lwf", "weight": 5.0}).metrics
-    assert lwf["forgetting"] <= naive["forgetting"]
+    assert lwf["forgetting"] < 0.5 * naive["forgetting"]
+    assert lwf["average_accuracy"] > naive["average_accuracy"]
     assert naive["average_accuracy"] > 0.5, "a known task leaves two classes to choose from"
 
 
