@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import venv
 from pathlib import Path
 
@@ -15,7 +16,9 @@ ROOT = Path(__file__).parents[2]
 
 
 def call(*command: str, **environment: str) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment}, check=False)
+    """Run somewhere else than in the source tree, which Python would otherwise import from."""
+    where = {**os.environ, **environment}
+    done = subprocess.run(command, capture_output=True, text=True, env=where, cwd=tempfile.gettempdir(), check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
