@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from abc import ABC
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -83,13 +83,13 @@ class RunContext:
 class TaskLoop(ABC):
     """The inner loop over one task, as a strategy sees it that overrides :meth:`Strategy.train_task`."""
 
+    @abstractmethod
     def run(self) -> None:
         """Take all steps that are left of this task: load, forward, backward, update, checkpoint."""
-        raise NotImplementedError
 
+    @abstractmethod
     def step(self, batch: Batch) -> dict[str, float]:
         """Take one optimiser step on ``batch``; returns the loss terms."""
-        raise NotImplementedError
 
 
 class Strategy(ABC):
