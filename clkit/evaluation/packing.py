@@ -81,7 +81,7 @@ def packed_logliks(
         attention_mask=mask,
         position_ids=positions.to(device),
         use_cache=False,
-        logits_to_keep=keep,
+        logits_to_keep=_last(width, keep, device),
     )
     return _sums(out.logits, wanted, options)
 
@@ -97,10 +97,15 @@ def rowwise_logliks(
     mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
     keep = ids.shape[1] - min(len(p) for p, _ in pairs) + 1
     first = ids.shape[1] - keep if _takes(module, "logits_to_keep") else 0
-    extra: dict[str, Any] = {"logits_to_keep": keep} if first else {}
+    extra: dict[str, Any] = {"logits_to_keep": _last(ids.shape[1], keep, device)} if first else {}
     out = module(input_ids=ids.to(device), attention_mask=mask.to(device), **extra)
     wanted = [(r, len(p) - 1 + k - first, t) for r, (p, o) in enumerate(pairs) for k, t in enumerate(o)]
     return _sums(out.logits, wanted, options)
+
+
+def _last(width: int, keep: int, device: torch.device) -> Tensor:
+    """The last ``keep`` positions, as indices: of a slice, torch copies the output layer's weight once per row."""
+    return torch.arange(width - keep, width, device=device)
 
 
 def _sums(logits: Tensor, wanted: list[tuple[int, int, int]], options: Sequence[list[list[int]]]) -> list[list[float]]:
