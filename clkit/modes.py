@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping
 
+import torch
 from torch import Tensor, nn
 
 
@@ -26,6 +27,7 @@ def swapped(module: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[nn.Mod
 
     Do not run a backward pass of a graph that was built outside while inside, or the other way round. Buffers that the
     module updates in place (batch-norm statistics in training mode) change in ``tensors``; use evaluation mode.
+    Inside a surrounding autocast either side computes with its own values.
 
     Raises:
         KeyError: the module has no parameter or buffer of a name.
@@ -35,7 +37,11 @@ def swapped(module: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[nn.Mod
     try:
         for name, value in tensors.items():
             own[name].data = value.to(own[name].device)
+        # Autocast remembers a parameter's low-precision copy by the parameter, not by its values: without this the
+        # module would go on computing with those it had before.
+        torch.clear_autocast_cache()
         yield module
     finally:
         for name, value in kept.items():
             own[name].data = value
+        torch.clear_autocast_cache()

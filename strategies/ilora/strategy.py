@@ -171,7 +171,8 @@ class ILoRA(Strategy):
 
         module = self.run.model.module
         inputs = {name: value[:, :width] for name, value in batch.inputs.items()}
-        with torch.no_grad(), evaluating(module), self.learner("slow"), showing(decoder, blocks, wanted, keep):
+        slow = swapped(module, self._slow_values(torch.is_autocast_enabled(self.run.model.device.type)))
+        with torch.no_grad(), evaluating(module), slow, showing(decoder, blocks, wanted, keep):
             decoder(**inputs, use_cache=False)
         return kept
 
@@ -224,8 +225,11 @@ class ILoRA(Strategy):
                 )
                 run.log(f"{other}/{task.name}", score.value)
 
-    def _slow_values(self) -> dict[str, Tensor]:
-        return {name: value.to(self._fast[name].dtype) for name, value in self.slow.items()}
+    def _slow_values(self, autocast: bool = False) -> dict[str, Tensor]:
+        """In the type of the fast learner, or in the one that autocast computes in: equal to the last bit, but peft
+        then leaves the activations in that type too, where it would cast them to float32 for every layer."""
+        common = torch.get_autocast_dtype(self.run.model.device.type) if autocast else None
+        return {name: value.to(common or self._fast[name].dtype) for name, value in self.slow.items()}
 
     def learner(self, which: str) -> AbstractContextManager[nn.Module]:
         """Within the context the module computes as the "fast" or the "slow" learner."""

@@ -90,6 +90,16 @@ def test_a_teacher_before_the_student_changes_no_gradient():
     assert torch.equal(net.weight.grad, expected)
 
 
+def test_swapped_tensors_are_what_is_computed_with_inside_one_autocast_too():
+    net, x = nn.Linear(3, 2, bias=False), torch.randn(4, 3)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        first = net(x)
+        with torch.no_grad(), swapped(net, {"weight": torch.zeros(2, 3)}):
+            assert not net(x).any()
+        again = net(x)
+    assert first.abs().min() > 0 and torch.equal(again, first)
+
+
 def test_a_sentence_encoder_with_a_head_learns_classes_of_text(tmp_path, tiny_llama):
     import json
 

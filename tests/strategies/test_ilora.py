@@ -155,6 +155,34 @@ def test_a_model_held_in_bfloat16_trains_and_keeps_a_float32_shadow(text_content
         assert {p.dtype for n, p in trainer.model.module.named_parameters() if "lora" not in n} == {torch.bfloat16}
 
 
+def test_in_mixed_precision_each_learner_computes_with_its_own_weights(started):
+    trainer = started(model={"dtype": "bfloat16"})
+    strategy, module, batch = trainer.strategy, trainer.model.module, joint_batch(trainer)
+    with trainer.engine.autocast():
+        terms = strategy.loss(batch)
+    sum(terms.values()).backward()
+    joint = {k: p.grad.clone() for k, p in strategy._fast.items()}
+    with trainer.engine.autocast():
+        fast, slow = states(trainer, batch, "fast"), states(trainer, batch, "slow")
+        alone = trainer.model.loss(batch)
+        kept = strategy._slow_states(batch.rows(batch.replayed), *find_decoder(module), [1, 2])
+    mask = batch.inputs["attention_mask"].bool()
+    places = mask & batch.replayed[:, None]
+    gaps = [(fast[k][places] - slow[k][places].detach()).float().square().mean() for k in (1, 2)]
+    assert torch.equal(terms["cross_entropy"], alone)
+    assert terms["consistency"] > 1e-2 and torch.allclose(terms["consistency"], sum(gaps) / 2, rtol=1e-3)
+    own = mask[batch.replayed][:, : int(mask[batch.replayed].sum(1).max())]
+    rows = batch.rows(batch.replayed)
+    rows.inputs = {k: v[:, : own.shape[1]] for k, v in rows.inputs.items()}
+    module.zero_grad()
+    with trainer.engine.autocast():
+        expected = states(trainer, rows, "slow")
+    assert all(torch.equal(kept[k], expected[k][own]) for k in (1, 2))  # the shadow is rounded as autocast rounds it
+    (alone + sum(gaps) / 2).backward()
+    for name, p in strategy._fast.items():
+        assert (joint[name] - p.grad).norm() < 0.1 * p.grad.norm(), name
+
+
 def test_with_interpolation_1_the_slow_learner_never_moves_and_with_0_it_is_the_fast_one(started):
     trainer = started(interpolation=1.0)
     before = {k: v.clone() for k, v in trainer.strategy.slow.items()}
@@ -163,7 +191,8 @@ def test_with_interpolation_1_the_slow_learner_never_moves_and_with_0_it_is_the_
     trainer = started(interpolation=0.0)
     trainer.strategy.after_step()
     assert all(torch.equal(v, trainer.strategy._fast[k]) for k, v in trainer.strategy.slow.items())
-    assert float(trainer.strategy.loss(joint_batch(trainer))["consistency"].detach()) == 0.0
+    # Not 0: products of other heights may round differently.
+    assert float(trainer.strategy.loss(joint_batch(trainer))["consistency"].detach()) < 1e-12
 
 
 def test_a_snapshot_equals_the_fast_learner_after_a_task_and_stays_there_until_the_next(started):
@@ -171,7 +200,7 @@ def test_a_snapshot_equals_the_fast_learner_after_a_task_and_stays_there_until_t
     strategy, batch = trainer.strategy, joint_batch(trainer)
     assert float(strategy.loss(batch)["consistency"].detach()) > 1e-3
     strategy.end_task(trainer.tasks[1])
-    assert float(strategy.loss(batch)["consistency"].detach()) == 0.0
+    assert float(strategy.loss(batch)["consistency"].detach()) < 1e-12
     kept = {k: v.clone() for k, v in strategy.slow.items()}
     for p in strategy._fast.values():
         p.data += 0.1
