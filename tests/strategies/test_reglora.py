@@ -5,61 +5,24 @@ from __future__ import annotations
 import json
 
 import pytest
+import stepping
 import torch
+from stepping import disturb, injected, logits, named, one_batch
 
 from clkit import api, build, resolve
 from clkit.errors import CapabilityError, ConfigError
 from clkit.models.lora_sum import adapted_layers
-from clkit.trainer import SequentialTrainer
 
 
 def trainer_for(content, **options):
-    config = resolve.validate({**content, "strategy": {"name": "reglora", **options}})
-    tasks = build.make_tasks(config)
-    model = build.make_model(config.model, tasks, config.seed, lambda text: None)
-    return SequentialTrainer(model, build.make_strategy(config.strategy), config), tasks
+    return stepping.trainer_for(content, "reglora", **options)
 
 
 def after_tasks(content, count, **options):
-    """A trainer that has learned the first ``count`` tasks, at the beginning of the next."""
-    trainer, tasks = trainer_for(content, **options)
-    trainer.prepare(tasks)
-    for stage in range(count):
-        trainer._learn(tasks[stage])
-        trainer.position.stage, trainer.position.step = stage + 1, 0
-    return trainer, tasks
-
-
-def disturb(trainer, seed=0):
-    """Give the current adapter values, as training would."""
-    generator = torch.Generator().manual_seed(seed)
-    for layer in trainer.strategy.layers.values():
-        layer.B.data = torch.randn(layer.B.shape, generator=generator) * 0.1
-
-
-def one_batch(trainer, task=0, rows=4):
-    return trainer.run.encodings.train(task).batch(torch.arange(rows))
-
-
-@torch.no_grad()
-def logits(trainer):
-    return trainer.model.logits(one_batch(trainer)).clone()
+    return stepping.after_tasks(content, "reglora", count, **options)
 
 
 # --- the gradient ---------------------------------------------------------------------------------------------------
-
-
-def injected(trainer, batch):
-    """Gradients as the trainer makes them, stopped before the update."""
-    kept = {}
-    trainer.engine.step = lambda: kept.update({n: p.grad.clone() for n, p in named(trainer)})
-    trainer.engine.start(trainer.strategy.parameters(), trainer.config.train, 1)
-    trainer._step(batch, None)
-    return kept
-
-
-def named(trainer):
-    return [(n, p) for n, p in trainer.model.module.named_parameters() if p.requires_grad]
 
 
 @pytest.mark.parametrize(
