@@ -41,8 +41,8 @@ def one_batch(trainer, task=0, rows=4):
 
 
 @torch.no_grad()
-def logits(trainer):
-    return trainer.model.logits(one_batch(trainer)).clone()
+def logits(trainer, batch=None):
+    return trainer.model.logits(one_batch(trainer) if batch is None else batch).clone()
 
 
 def injected(trainer, batch):
