@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from clkit.checkpoint import tensor_dict
@@ -216,4 +217,14 @@ class Strategy(ABC):
             self.buffer.load_state_dict(state["buffer"])
 
 
-__all__ = ["Capabilities", "Losses", "Pool", "Position", "RunContext", "Strategy", "TaskLoop"]
+def add_gradient(parameter: nn.Parameter, gradient: Tensor, factor: float = 1.0) -> None:
+    """Add ``factor * gradient`` to a parameter's gradient; for :meth:`Strategy.after_backward`.
+
+    A penalty that depends on no data belongs there: once per step, whatever the micro-batches.
+    """
+    if parameter.grad is None:
+        parameter.grad = torch.zeros_like(parameter)
+    parameter.grad.add_(gradient, alpha=factor)
+
+
+__all__ = ["Capabilities", "Losses", "Pool", "Position", "RunContext", "Strategy", "TaskLoop", "add_gradient"]

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from clkit.checkpoint import clone_state
 from clkit.config import StrategyConfig, opt
+from clkit.errors import Problem
 from clkit.modes import evaluating, swapped
 from clkit.strategy import Losses, Strategy
 from clkit.tasks.base import Task
-from clkit.tasks.batch import Batch
+from clkit.tasks.batch import Batch, count_targets
 
 
 @dataclass
@@ -22,6 +23,11 @@ class LwFConfig(StrategyConfig):
 
     weight: float = opt(1.0, "weight of the distillation term", min=0)
     temperature: float = opt(2.0, "softmax temperature of the distillation", above=0)
+    rows: str = opt(
+        "all",
+        "which rows of a batch are distilled; `replayed` with a buffer is replay plus KL to the previous model",
+        choices=("all", "new", "replayed"),
+    )
 
 
 def distillation(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
@@ -41,7 +47,8 @@ class LwF(Strategy):
     """Cross entropy on the new task plus distillation from the model before it (Li and Hoiem 2017).
 
     Class-incremental tasks distil the classes seen before, language models the whole vocabulary at the positions that
-    predict a target. The teacher is a copy of the trained tensors only, run through the same module.
+    predict a target. With a buffer the replayed rows are learned too, and ``rows`` says which are distilled. The
+    teacher is a copy of the trained tensors only, run through the same module on the distilled rows.
     """
 
     config_class = LwFConfig
@@ -50,6 +57,13 @@ class LwF(Strategy):
         super().__init__(config)
         self._teacher: dict[str, Tensor] | None = None
 
+    @classmethod
+    def check(cls, config: LwFConfig) -> list[Problem]:
+        """Without a buffer no row is replayed."""
+        if config.rows == "replayed" and config.replay.size == 0:
+            return [Problem("strategy.rows", "`replayed` needs a buffer; set strategy.replay.size")]
+        return []
+
     def begin_task(self, task: Task) -> None:
         """Keep the weights as they are now; the first task has no teacher."""
         self._teacher = clone_state(self.model_state()) if self.run.position.stage > 0 else None
@@ -57,29 +71,50 @@ class LwF(Strategy):
     def loss(self, batch: Batch) -> Losses:
         """Cross entropy and, from the second task on, distillation."""
         model = self.run.model
-        teacher = self._teacher_logits(batch) if self._teacher is not None and self.config.weight else None
+        if self._teacher is None or not self.config.weight:
+            return {"cross_entropy": model.loss(batch)}
+        rows = self._distilled(batch)
+        part = batch if bool(rows.all()) else batch.rows(rows)
+        teacher = self._teacher_logits(part) if len(part) else None
         logits = model.logits(batch)
         losses = {"cross_entropy": model.loss(batch, logits)}
         if teacher is not None:
-            losses["distillation"] = self.config.weight * self._distil(batch, logits, teacher)
+            losses["distillation"] = self.config.weight * self._distil(batch, part, rows, logits, teacher)
         return losses
+
+    def _distilled(self, batch: Batch) -> Tensor:
+        """(B,) bool."""
+        replayed = batch.replayed
+        if replayed is None:
+            replayed = torch.zeros(len(batch), dtype=torch.bool, device=batch.labels.device)
+        if self.config.rows == "all":
+            return torch.ones_like(replayed)
+        return replayed if self.config.rows == "replayed" else ~replayed
+
+    def units(self, batch: Batch) -> dict[str, float]:
+        """Distillation is a mean over the targets of the distilled rows."""
+        return {"distillation": float(count_targets(batch.labels[self._distilled(batch)]))}
 
     def _teacher_logits(self, batch: Batch) -> Tensor:
         model = self.run.model
         with torch.no_grad(), evaluating(model.module), swapped(model.module, self._teacher or {}):
             return model.logits(batch)
 
-    def _distil(self, batch: Batch, student: Tensor, teacher: Tensor) -> Tensor:
-        """Mean over the rows (classification) or over the tokens that are learned (language models)."""
+    def _distil(self, batch: Batch, part: Batch, rows: Tensor, student: Tensor, teacher: Tensor) -> Tensor:
+        """Mean over the rows (classification) or over the tokens that are learned (language models) of ``part``."""
+        student = student[rows]
         if student.dim() == 3:
-            keep = self.run.model.targets(batch) != -100
-            student, teacher = student[keep], teacher[keep]
+            # The part may have logits at fewer positions than the batch, but its targets are the same, in one order.
+            student = student[self.run.model.targets(batch)[rows] != -100]
+            teacher = teacher[self.run.model.targets(part) != -100]
         else:
             known = self._known_classes()
-            student, teacher = student[:, known], teacher[:, known]
+            if known:
+                student, teacher = student[:, known], teacher[:, known]
         return distillation(student, teacher, self.config.temperature) / max(1, len(student))
 
     def _known_classes(self) -> list[int]:
+        """Empty when the tasks do not say which classes they have: then all are distilled."""
         tasks = self.run.tasks[: self.run.position.stage]
         return sorted({c for t in tasks for c in t.classes or ()})
 

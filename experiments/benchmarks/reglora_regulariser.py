@@ -27,9 +27,9 @@ from torch import Tensor
 
 from clkit.config import LoraConfig, ModelConfig
 from clkit.models import load_model
+from clkit.models.lora_sum import adapted_layers
 from clkit.strategies.reglora import top_entries
 from clkit.strategies.reglora.masks import extend, stored_bytes
-from clkit.strategies.reglora.past import adapted_layers
 from clkit.strategies.reglora.sparse import Mask, penalty
 
 SIDE, FRACTION = 4096, 0.02

@@ -2,46 +2,33 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from clkit.errors import CapabilityError
+from clkit.fresh_lora import FreshLora
+from clkit.models.lora_sum import AdaptedLayer
 from clkit.strategies.reglora.config import RegLoRAConfig
 from clkit.strategies.reglora.masks import extend, from_state, to_state
-from clkit.strategies.reglora.past import AdaptedLayer, PastUpdates, adapted_layers
 from clkit.strategies.reglora.sparse import Mask, dense_penalty, penalty
 from clkit.strategies.reglora.top import random_entries, top_entries
-from clkit.strategy import Capabilities, RunContext, Strategy
+from clkit.strategy import RunContext, add_gradient
 from clkit.tasks.base import Task
 
 
-class RegLoRA(Strategy):
+class RegLoRA(FreshLora):
     """Cross entropy, and from the second task on ``lam / n_div`` times the sum over layers of ``|B A|`` on their masks.
 
     The regulariser depends on no data, so its gradient is added once per optimiser step, whatever the micro-batches
-    and the checkpointing of activations, and without a change to the model's own code. The finished tasks' updates are
-    summed in float32 (:class:`PastUpdates`); the export is one plain LoRA adapter with all of them.
+    and the checkpointing of activations, and without a change to the model's own code.
     """
 
     config_class = RegLoRAConfig
-    capabilities = Capabilities(kinds=frozenset({"text"}), needs_lora=True)
 
     def setup(self, run: RunContext) -> None:
-        """Find the adapted layers.
-
-        Raises:
-            CapabilityError: the model carries no LoRA adapter.
-        """
+        """See the base class; nothing is protected yet."""
         super().setup(run)
-        self.layers = adapted_layers(run.model.module)
-        if not self.layers:
-            raise CapabilityError(
-                f"Strategy 'reglora' needs a LoRA adapter, and model '{run.model.name}' has none; set model.lora.r."
-            )
-        self.past = PastUpdates(run.model.module, self.layers)
         self.masks: dict[str, Mask] = {}
 
     # --- the regulariser --------------------------------------------------------------------------------------------
@@ -55,8 +42,8 @@ class RegLoRA(Strategy):
         for name, layer in self.layers.items():
             loss, d_b, d_a = self._penalty(name, layer)
             scale = layer.scaling ** (1 if config.norm == "l1" else 2) if config.scaled else 1.0
-            _add_gradient(layer.B, d_b, strength * scale)
-            _add_gradient(layer.A, d_a, strength * scale)
+            add_gradient(layer.B, d_b, strength * scale)
+            add_gradient(layer.A, d_a, strength * scale)
             losses.append(loss * scale)
         done = position.step + 1
         if done == 1 or done % self.run.config.tracking.log_every == 0:
@@ -78,9 +65,7 @@ class RegLoRA(Strategy):
             if self.config.mask != "all":
                 rows, cols = self._chosen(layer)
                 self.masks[name] = extend(self.masks.get(name), rows, cols, layer.shape, self.config.accumulate)
-        self.past.add({name: layer.update() for name, layer in self.layers.items()})
-        for layer in self.layers.values():
-            layer.reset(self.run.streams["reglora adapter"])
+        super().end_task(task)
 
     def _chosen(self, layer: AdaptedLayer) -> tuple[Tensor, Tensor]:
         rows: Tensor
@@ -93,24 +78,12 @@ class RegLoRA(Strategy):
         return rows.to(layer.A.device), cols.to(layer.A.device)
 
     # --- what stays -------------------------------------------------------------------------------------------------
-    def export(self, directory: Path) -> str:
-        """Write one plain PEFT adapter: all tasks' factors side by side, exactly the sum of their updates."""
-        with self.past.one_adapter(self.run.model.module):
-            return super().export(directory)
-
     def state_dict(self) -> dict[str, Any]:
         """The buffer, the masks and the past updates."""
         masks = {name: to_state(mask) for name, mask in self.masks.items()}
-        return {**super().state_dict(), "masks": masks, "past": self.past.state_dict()}
+        return {**super().state_dict(), "masks": masks}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Inverse of :meth:`state_dict`."""
         super().load_state_dict(state)
-        self.past.load_state_dict(state["past"])
         self.masks = {name: from_state(mask, self.layers[name].A.device) for name, mask in state["masks"].items()}
-
-
-def _add_gradient(parameter: nn.Parameter, gradient: Tensor, factor: float) -> None:
-    if parameter.grad is None:
-        parameter.grad = torch.zeros_like(parameter)
-    parameter.grad.add_(gradient, alpha=factor)

@@ -93,6 +93,10 @@ class PastUpdates:
                 a, b = _side_by_side([task[name] for task in self._tasks])
                 self._branches[name] = (a.to(layer.A.device), b.to(layer.A.device))
 
+    def rows(self, name: str) -> Tensor:
+        """(R, in) the A matrices of all finished tasks in one layer, one below the other, on the CPU."""
+        return torch.cat([task[name][0] for task in self._tasks])
+
     def _branch(self, name: str) -> Any:
         def add(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
             if name not in self._branches:

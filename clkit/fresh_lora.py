@@ -1,0 +1,69 @@
+"""What strategies share that train a fresh LoRA per task and serve the sum of all of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from clkit.errors import CapabilityError
+from clkit.models.lora_sum import AdaptedLayer, PastUpdates, adapted_layers
+from clkit.strategy import Capabilities, RunContext, Strategy
+from clkit.tasks.base import Task
+
+
+def require_adapter(strategy: Strategy) -> dict[str, AdaptedLayer]:
+    """The layers of the run's model that carry its adapter, by name.
+
+    Raises:
+        CapabilityError: there are none.
+    """
+    model = strategy.run.model
+    layers = adapted_layers(model.module)
+    if not layers:
+        raise CapabilityError(
+            f"{type(strategy).__name__} needs a LoRA adapter, and model '{model.name}' has none; set model.lora.r."
+        )
+    return layers
+
+
+class FreshLora(Strategy):
+    """A fresh adapter per task on the model with all earlier updates, which are summed in float32.
+
+    What a subclass adds is what holds the new adapter back. The export is one plain LoRA adapter with all updates.
+
+    Attributes:
+        layers: the adapted layers by name.
+        past: the finished tasks' updates.
+    """
+
+    capabilities = Capabilities(kinds=frozenset({"text"}), needs_lora=True)
+
+    def setup(self, run: RunContext) -> None:
+        """Find the adapted layers.
+
+        Raises:
+            CapabilityError: the model carries no LoRA adapter.
+        """
+        super().setup(run)
+        self.layers = require_adapter(self)
+        self.past = PastUpdates(run.model.module, self.layers)
+
+    def end_task(self, task: Task) -> None:
+        """Add the update to the sum, and start a fresh adapter."""
+        self.past.add({name: layer.update() for name, layer in self.layers.items()})
+        for layer in self.layers.values():
+            layer.reset(self.run.streams["fresh adapter"])
+
+    def export(self, directory: Path) -> str:
+        """Write one plain PEFT adapter: all tasks' factors side by side, exactly the sum of their updates."""
+        with self.past.one_adapter(self.run.model.module):
+            return super().export(directory)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The buffer and the past updates."""
+        return {**super().state_dict(), "past": self.past.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Inverse of :meth:`state_dict`."""
+        super().load_state_dict(state)
+        self.past.load_state_dict(state["past"])
