@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from clkit.errors import DataError
 from clkit.models.base import Model
 from clkit.models.encoded_text import EncodedText
-from clkit.models.lora import base_model
+from clkit.models.lora import base_model, plain_state
 from clkit.models.noise import routed
 from clkit.models.prompts import PromptFormat
 from clkit.modes import evaluating
@@ -23,6 +23,7 @@ from clkit.tasks.batch import Batch
 
 # Architecture -> whether its forward takes logits_to_keep; looking at a signature costs as much as a small layer.
 _SPARSE_HEADS: dict[type, bool] = {}
+_IMPORTS = "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
 
 
 class CausalLM(Model):
@@ -135,26 +136,41 @@ class CausalLM(Model):
 
     def export(self, directory: Path) -> str:
         """Write a PEFT adapter, or the full model, with the tokenizer; return the snippet that loads it."""
+        if not hasattr(self.module, "peft_config"):
+            return self.export_full(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        adapted = hasattr(self.module, "peft_config")
         module: Any = self.module
         with routed():
             # Not "auto" for the embeddings: that asks the hub, and adapters do not change them.
-            module.save_pretrained(directory, **({"save_embedding_layers": False} if adapted else {}))
+            module.save_pretrained(directory, save_embedding_layers=False)
             self.tokenizer.save_pretrained(directory)
-        first = "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
-        tokenizer = f"tokenizer = AutoTokenizer.from_pretrained({str(directory)!r})\n"
-        if not adapted:
-            return f"{first}model = AutoModelForCausalLM.from_pretrained({str(directory)!r})\n{tokenizer}"
         local = self.provenance.get("directory", self.base)
         note = f"  # elsewhere: {self.base!r}" if local != self.base else ""
         origin = self.provenance.get("origin")
         return (
-            f"from peft import PeftModel\n{first}"
+            f"from peft import PeftModel\n{_IMPORTS}"
             + (f"# The adapter was trained on these base weights: {origin}\n" if origin else "")
             + f"base = AutoModelForCausalLM.from_pretrained({local!r}){note}\n"
-            f"model = PeftModel.from_pretrained(base, {str(directory)!r})\n{tokenizer}"
+            f"model = PeftModel.from_pretrained(base, {str(directory)!r})\n{_load_tokenizer(directory)}"
         )
+
+    def export_full(self, directory: Path) -> str:
+        """Write the full model with the tokenizer, as a plain Hugging Face directory; return the snippet.
+
+        Adapters are left out: merge what they add into the weights before.
+        """
+        directory.mkdir(parents=True, exist_ok=True)
+        base: Any = base_model(self.module)
+        with routed():
+            base.save_pretrained(directory, state_dict=plain_state(base))
+            self.tokenizer.save_pretrained(directory)
+        return (
+            f"{_IMPORTS}model = AutoModelForCausalLM.from_pretrained({str(directory)!r})\n{_load_tokenizer(directory)}"
+        )
+
+
+def _load_tokenizer(directory: Path) -> str:
+    return f"tokenizer = AutoTokenizer.from_pretrained({str(directory)!r})\n"
 
 
 def _positions(batch: Batch) -> Tensor:

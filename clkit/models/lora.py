@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from clkit.config import LoraConfig
 from clkit.errors import ModelError, Problem, did_you_mean
@@ -38,7 +38,7 @@ def attach_lora(
     from peft import get_peft_model
 
     rank = DEFAULT_RANK if config.r is None else config.r
-    _check(module, config, rank)
+    check_fits(module, config, rank)
     alpha: Any = config.alpha  # annotated as an integer there; any number works
     targets: Any = "all-linear" if "all-linear" in config.target_modules else list(config.target_modules)
     adapter = PeftConfig(
@@ -53,7 +53,12 @@ def attach_lora(
         return get_peft_model(module, adapter)
 
 
-def _check(module: nn.Module, config: LoraConfig, rank: int) -> None:
+def check_fits(module: nn.Module, config: LoraConfig, rank: int) -> None:
+    """Refuse an adapter that does not fit.
+
+    Raises:
+        ModelError: a target module does not exist, or the rank exceeds the smallest adapted matrix.
+    """
     from transformers.pytorch_utils import Conv1D  # the linear layer of GPT-2
 
     linear: dict[str, Any] = {name: m for name, m in module.named_modules() if isinstance(m, nn.Linear | Conv1D)}
@@ -85,3 +90,19 @@ def base_model(module: nn.Module) -> nn.Module:
     """The transformers model inside a peft wrapper, or the module itself."""
     inner = getattr(module, "get_base_model", None)
     return inner() if callable(inner) else module
+
+
+def plain_state(module: nn.Module) -> dict[str, Tensor]:
+    """The state of a model into which peft put adapters, as if it had put none: its own tensors by their own names."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    base = base_model(module)
+    adapted = [name for name, layer in base.named_modules() if isinstance(layer, BaseTunerLayer)]
+    state: dict[str, Tensor] = {}
+    for key, value in base.state_dict().items():
+        layer = next((name for name in adapted if key.startswith(f"{name}.")), None)
+        if layer is None:
+            state[key] = value
+        elif key.startswith(own := f"{layer}.base_layer."):
+            state[f"{layer}.{key.removeprefix(own)}"] = value
+    return state

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -134,12 +134,22 @@ class PastUpdates:
 
     def state_dict(self) -> list[dict[str, dict[str, Tensor]]]:
         """Per task and layer, the factors of its update."""
-        return [{name: {"A": a, "B": b} for name, (a, b) in updates.items()} for updates in self._tasks]
+        return updates_to_state(self._tasks)
 
     def load_state_dict(self, state: list[dict[str, dict[str, Tensor]]]) -> None:
         """Inverse of :meth:`state_dict`, on a model without past updates."""
-        for updates in state:
-            self.add({name: (pair["A"], pair["B"]) for name, pair in updates.items()})
+        for updates in updates_from_state(state):
+            self.add(updates)
+
+
+def updates_to_state(tasks: Sequence[Mapping[str, Factors]]) -> list[dict[str, dict[str, Tensor]]]:
+    """Per task and layer, the factors of its update, for a checkpoint."""
+    return [{name: {"A": a, "B": b} for name, (a, b) in updates.items()} for updates in tasks]
+
+
+def updates_from_state(state: list[dict[str, dict[str, Tensor]]]) -> list[dict[str, Factors]]:
+    """Inverse of :func:`updates_to_state`."""
+    return [{name: (pair["A"], pair["B"]) for name, pair in updates.items()} for updates in state]
 
 
 def _side_by_side(parts: list[Factors]) -> Factors:

@@ -238,6 +238,27 @@ def test_an_exported_full_model_loads_with_plain_transformers(lm_directory, tmp_
         assert torch.equal(names["model"](**batch.inputs).logits, model.module(**batch.inputs).logits)
 
 
+def test_a_full_export_of_an_adapted_model_has_no_adapter_and_keeps_tied_weights_tied(lm_directory, tmp_path):
+    from safetensors.torch import load_file
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(lm_directory, tie_word_embeddings=True)
+    net = AutoModelForCausalLM.from_config(config).eval()
+    ids = torch.arange(8)[None]
+    with torch.no_grad():
+        expected = net(ids).logits
+    own = {name for name, _ in net.named_parameters()}
+    model = load(lm_directory)
+    model.module = attach_lora(net, LoraConfig(r=2), torch.Generator().manual_seed(0))
+    names: dict = {}
+    exec(model.export_full(tmp_path / "out"), names)
+    assert set(load_file(tmp_path / "out" / "model.safetensors")) == own
+    loaded = names["model"].eval()
+    assert loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight
+    with torch.no_grad():
+        assert torch.equal(loaded(ids).logits, expected)
+
+
 def test_edits_are_encoded_and_classes_are_refused(lm_directory):
     model = load(lm_directory)
     assert len(model.encode(EditExamples((EditRecord("a", "b", id="e"),)))) == 1

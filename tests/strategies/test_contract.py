@@ -112,17 +112,15 @@ def test_its_state_survives_packing_into_json_and_tensors(name, world, content):
 def test_what_it_exports_loads_without_a_run_and_scores_the_same(name, world, content):
     result = api.run(resolve.validate({**content, "strategy": name}))
     tasks = build.make_tasks(resolve.validate(content))
-    export = result.run_dir / "export"
     if world == "text":
-        from peft import PeftModel
-        from transformers import AutoModelForCausalLM
-
-        base = AutoModelForCausalLM.from_pretrained(content["model"]["name"], dtype=torch.float32)
-        loaded = PeftModel.from_pretrained(base, export).eval()
+        names: dict = {}
+        assert "clkit" not in result.snippet, "a plain PEFT adapter or Hugging Face model"
+        exec(result.snippet, names)
+        loaded = names["model"].eval()
     else:
         from clkit.models import load_classifier
 
-        loaded = load_classifier(export).module.eval()
+        loaded = load_classifier(result.run_dir / "export").module.eval()
     with api.open_run(result.run_dir) as trainer, trainer.serving(), torch.inference_mode():
         batch = trainer.run.encodings.train(0).batch(torch.arange(4))
         ours = trainer.model.module.eval()(**batch.inputs)
