@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from clkit.errors import ConfigError, ModelError
+from clkit.models.lora import base_model
 
 Adapter = str | Path | Mapping[str, Tensor]
 """A PEFT adapter: its directory, or its tensors by PEFT's names (``...q_proj.lora_A.weight``)."""
@@ -79,18 +80,56 @@ def deltas(adapter: Adapter) -> Iterator[tuple[str, Tensor]]:
             yield name.partition(".lora_A")[0], _scale(tensors, config, partner) * tensors[partner] @ tensors[name]
 
 
+def check_adapter(adapter: Adapter, module: nn.Module) -> None:
+    """Refuse an adapter of another model before it is put on this one.
+
+    Args:
+        adapter: a LoRA adapter.
+        module: the transformers model, wrapped by peft or not.
+
+    Raises:
+        ModelError: the adapter can't be read, or adapts a module that is not there or has another shape.
+    """
+    tensors, _ = _read(adapter)
+    modules = dict(base_model(module).named_modules())
+    where = "The tensors given" if isinstance(adapter, Mapping) else f"{adapter}"
+    for name in (name for name in tensors if "lora_A" in name):
+        path = name.partition(".lora_A")[0].removeprefix("base_model.model.")
+        size = tensors[name.replace("lora_A", "lora_B")].shape[0], tensors[name].shape[1]
+        there = _size(modules[path]) if path in modules else None
+        if there is None:
+            raise ModelError(f"{where}: an adapter of another model: this one has no linear layer '{path}'.")
+        if sorted(there) != sorted(size):  # GPT-2 keeps its weights transposed
+            raise ModelError(
+                f"{where}: an adapter of another model: '{path}' is {tuple(there)} here, and the adapter's is {size}."
+            )
+
+
+def _size(layer: nn.Module) -> tuple[int, ...] | None:
+    """(out, in) of a linear layer, also where its weight is packed; (in, out) of GPT-2's; None of anything else."""
+    if hasattr(layer, "in_features") and hasattr(layer, "out_features"):
+        return int(layer.out_features), int(layer.in_features)  # type: ignore[arg-type]
+    weight = getattr(layer, "weight", None)
+    return tuple(weight.shape) if isinstance(weight, Tensor) and weight.dim() == 2 else None
+
+
 def save_adapter(tensors: Mapping[str, Tensor], directory: str | Path, like: str | Path) -> None:
     """Write ``tensors`` as a PEFT adapter directory with the configuration of the adapter in ``like``.
 
     The rank is read from the tensors; alpha is set so that the scale of ``like`` stays.
 
     Raises:
-        ModelError: ``like`` can't be read.
+        ModelError: ``like`` can't be read, or adapts other modules than ``tensors`` do.
     """
     like_tensors, config = _read(like)
     ranks = {tensors[name].shape[0] for name in tensors if "lora_A" in name}
     if len(ranks) != 1:
         raise ModelError(f"The tensors have ranks {sorted(ranks)}; an adapter of one rank can be written.")
+    if only := sorted(tensors.keys() ^ like_tensors.keys()):
+        raise ModelError(
+            f"{like}: adapts other modules than the tensors given ({len(only)} names are in one of them only, for "
+            f"example '{only[0]}'). Give an adapter of the same modules of the same model."
+        )
     (rank,) = ranks
     root = rank**0.5 if config.get("use_rslora") else rank
     scale = _scale(like_tensors, config, next(name for name in like_tensors if "lora_B" in name))

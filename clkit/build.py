@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
@@ -143,7 +143,7 @@ def check(config: RunConfig, tasks: TaskSequence, capabilities: Any) -> Engine:
         check_capabilities(config.strategy.name, capabilities, tasks)
     except CapabilityError as error:
         errors.append(error)
-    errors += _metric_errors(tasks)
+    errors += _metric_errors(tasks, config.eval.also)
     try:
         _check_size(config.model, tasks)
     except ModelError as error:
@@ -162,35 +162,38 @@ def check(config: RunConfig, tasks: TaskSequence, capabilities: Any) -> Engine:
     return engine
 
 
-def _metric_errors(tasks: TaskSequence) -> list[ClkitError]:
+def _metric_errors(tasks: TaskSequence, also: Sequence[str]) -> list[ClkitError]:
     """Metrics that are unknown, do not score the kind of their task, or lack something in its records."""
     errors: dict[str, ClkitError] = {}  # by message: a metric that is unknown in every task is one problem
     for task in (*tasks, *tasks.holdout):
-        try:
-            _check_metric(task)
-        except (ConfigError, CapabilityError, DataError) as error:
-            errors.setdefault(str(error), error)
+        for metric in dict.fromkeys([task.metric, *also]):
+            try:
+                _check_metric(task, metric)
+            except (ConfigError, CapabilityError, DataError) as error:
+                errors.setdefault(str(error), error)
     return list(errors.values())
 
 
-def _check_metric(task: Task) -> None:
+def _check_metric(task: Task, metric: str) -> None:
     from clkit.evaluation.base import Scoring
+    from clkit.evaluation.generation import TolerantMatch
     from clkit.evaluation.options import OptionLogLikelihood
 
-    if task.metric not in SCORERS:
-        raise ConfigError(f"tasks.metric: {SCORERS.unknown(task.metric)}")
-    scorer = SCORERS.get(task.metric)()
+    if metric not in SCORERS:
+        raise ConfigError(f"tasks.metric: {SCORERS.unknown(metric)}")
+    scorer = SCORERS.get(metric)()
     if task.kind not in scorer.kinds:
         raise CapabilityError(
-            f"task '{task.name}': metric '{task.metric}' scores {' and '.join(sorted(scorer.kinds))} tasks, "
+            f"task '{task.name}': metric '{metric}' scores {' and '.join(sorted(scorer.kinds))} tasks, "
             f"and this is of kind {task.kind}; set another metric for it"
         )
     if not len(task.eval):
-        raise DataError(f"task '{task.name}' has no evaluation examples to score with '{task.metric}'")
-    if isinstance(scorer, OptionLogLikelihood) and isinstance(task.eval, TextExamples):
+        raise DataError(f"task '{task.name}' has no evaluation examples to score with '{metric}'")
+    if isinstance(scorer, OptionLogLikelihood | TolerantMatch) and isinstance(task.eval, TextExamples):
         # The metric's own check, with every option taken to have tokens: those are known once there is a tokeniser.
         records = cast(Any, SimpleNamespace(records=task.eval.records, option_ids=lambda i: [[0]]))
-        scorer.check(Scoring(cast(Any, None), task, records, EvalConfig()))
+        model = cast(Any, SimpleNamespace(generate=None))  # that it writes text follows from the kind of the tasks
+        scorer.check(Scoring(model, task, records, EvalConfig()))
 
 
 def _check_size(config: ModelConfig, tasks: TaskSequence) -> None:

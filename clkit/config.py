@@ -109,6 +109,11 @@ class EvalConfig:
     max_new_tokens: int = opt(32, "longest generated answer in tokens", min=1)
     initial: bool = opt(True, "score the untouched model, and each task once before it is learned (forward transfer)")
     every_steps: int = opt(0, "also score all seen tasks every so many steps; 0 = only after each task", min=0)
+    also: list[str] = opt(
+        [],
+        "further metrics of every task, each a matrix of its own (clkit ls metrics); [exact-match, tolerant-match] "
+        "splits forgetting into superficial and essential",
+    )
 
 
 @dataclass

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import torch
 
 from clkit import build
 from clkit.config import RunConfig
 from clkit.models.sizes import estimate
+from clkit.provenance import answer_styles
 from clkit.registry import STRATEGIES
 from clkit.tasks.base import TaskSequence
 
@@ -29,8 +32,12 @@ def describe(config: RunConfig) -> str:
     for task, steps in zip(tasks, counts, strict=True):
         lines.append(
             f"  {task.name:<{width}}  {len(task.train):>7} train  {len(task.eval):>6} eval"
-            f"  {steps:>6} steps  {task.metric}"
+            f"  {steps:>6} steps  {', '.join(dict.fromkeys([task.metric, *config.eval.also]))}"
         )
+        if "asd" in task.metadata:
+            styles = Counter(row["style"] for row in answer_styles([task]))
+            shown = ", ".join(f"{count} {style}" for style, count in sorted(styles.items())) or "no other fits"
+            lines.append(f"  {'':<{width}}  {styles.total():>7} of them in other answer styles: {shown}")
     lines += [
         f"  {t.name:<{width}}  {'holdout':>13}  {len(t.eval):>6} eval  {'':>12}  {t.metric}" for t in tasks.holdout
     ]

@@ -17,6 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from clkit.config import Plugin, RunConfig
 from clkit.engine import ENGINES
 from clkit.errors import ConfigError, Problem, did_you_mean
+from clkit.evaluation import SCORERS
 from clkit.listing import shipped
 from clkit.registry import STRATEGIES, Registry
 from clkit.tasks import SOURCES
@@ -276,6 +277,9 @@ def _cross_checks(config: RunConfig) -> list[Problem]:
         )
     if len(config.train.betas) != 2 or not all(0 <= b < 1 for b in config.train.betas):
         problems.append(Problem("train.betas", f"got {config.train.betas}, expected two numbers in [0, 1)"))
+    problems += [Problem("eval.also", SCORERS.unknown(name)) for name in config.eval.also if name not in SCORERS]
+    for name in sorted({name for name in config.eval.also if config.eval.also.count(name) > 1}):
+        problems.append(Problem("eval.also", f"'{name}' is listed twice"))
     for i, overrides in enumerate(config.compare):
         problems += [Problem(f"compare[{i}]", f"got {o!r}, expected key=value") for o in overrides if "=" not in o]
     return problems

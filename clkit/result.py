@@ -12,7 +12,12 @@ from numpy.typing import NDArray
 
 from clkit.errors import CheckpointError
 from clkit.metrics.continual import DEFINITIONS, label
+from clkit.metrics.format import FORMAT_DEFINITIONS
 from clkit.rundir import RunDirectory
+from clkit.scores import Scores, format_split
+
+# What is shown of a further matrix beside its numbers.
+SHOWN = ("average_accuracy", "bwt", "forgetting")
 
 
 @dataclass
@@ -25,6 +30,8 @@ class RunResult:
         metrics: see :func:`clkit.metrics.continual.summarize`.
         task_metrics: which score fills each column.
         snippet: Python that loads what was exported.
+        further: matrices beside the main one: of the metrics in `eval.also`, by metric, and of other weights than
+            those that serve, by the strategy's name for them.
     """
 
     name: str
@@ -37,19 +44,34 @@ class RunResult:
     higher_is_better: list[bool] = field(default_factory=list)
     run_dir: Path | None = None
     snippet: str = ""
+    further: dict[str, Scores] = field(default_factory=dict)
+
+    @property
+    def scores(self) -> Scores:
+        """The main matrix, with what stands in its columns."""
+        return Scores(self.task_metrics, self.higher_is_better, self.matrix, self.initial)
+
+    @property
+    def format_split(self) -> dict[str, dict[str, Any]]:
+        """Forgetting as superficial and essential, by format-tolerant metric (``clkit.metrics.format``).
+
+        Empty unless both strict and tolerant scores were measured (``eval.also``).
+        """
+        return format_split(self.scores, self.further)
 
     def save(self, directory: RunDirectory) -> None:
-        """Write ``matrix.json`` and ``metrics.json``."""
+        """Write ``matrix.json`` and ``metrics.json``, and ``further.json`` if there is more than one matrix."""
+        if self.further:
+            tables = {name: {**_columns(s), "metrics": s.metrics()} for name, s in self.further.items()}
+            split = {"definitions": FORMAT_DEFINITIONS, **self.format_split} if self.format_split else {}
+            directory.write("further.json", {"matrices": tables, "format_split": split})
         directory.write(
             "matrix.json",
             {
                 "name": self.name,
                 "tasks": self.tasks,
                 "holdout": self.holdout,
-                "task_metrics": self.task_metrics,
-                "higher_is_better": self.higher_is_better,
-                "matrix": self.matrix.tolist(),
-                "initial": self.initial.tolist(),
+                **_columns(self.scores),
                 "snippet": self.snippet,
             },
         )
@@ -72,12 +94,20 @@ class RunResult:
             raise CheckpointError(
                 f"{run_dir}: no finished run here (found: {state}). Run the same command again to finish it."
             )
-        return cls(run_dir=directory.path, metrics=_metrics(metrics, directory.path), **_matrix(saved, directory.path))
+        fields = _matrix(saved, directory.path)
+        further = _further(directory.read("further.json"), directory.path, fields["matrix"].shape)
+        return cls(run_dir=directory.path, metrics=_metrics(metrics, directory.path), further=further, **fields)
 
     def summary(self) -> str:
-        """The matrix, the metrics with their definitions, and where the model is."""
+        """The matrices, the metrics with their definitions, and where the model is."""
         lines = [self.matrix_text(), ""]
         lines += [f"{_number(self.metrics[k]):>9}  {label(k)}" for k in DEFINITIONS if k in self.metrics]
+        for name, scores in self.further.items():
+            lines += ["", f"{name}:", self.matrix_text(scores), ""]
+            lines += [f"{_number(v):>9}  {k}" for k, v in scores.metrics().items() if k in SHOWN]
+        for metric, split in self.format_split.items():
+            lines += ["", f"forgetting by form and by content ({metric} is the tolerant score):"]
+            lines += [f"{_number(split[k]):>9}  {k} ({text})" for k, text in FORMAT_DEFINITIONS.items()]
         if self.run_dir is not None:
             lines += [
                 "",
@@ -88,15 +118,16 @@ class RunResult:
             ]
         return "\n".join(lines).rstrip()
 
-    def matrix_text(self) -> str:
-        """The matrix as a table: a row per trained task, a column per scored task."""
+    def matrix_text(self, scores: Scores | None = None) -> str:
+        """A matrix (the main one by default) as a table: a row per trained task, a column per scored task."""
+        scores = scores or self.scores
         names = [*self.tasks, *self.holdout]
         width = max(8, *(len(n) + 2 for n in names))
         first = max(len("before training"), *(len(t) + 6 for t in self.tasks))
         rows = [" " * first + "".join(f"{n:>{width}}" for n in names)]
         entries = [
-            ("before training", self.initial),
-            *((f"after {t}", r) for t, r in zip(self.tasks, self.matrix, strict=True)),
+            ("before training", scores.initial),
+            *((f"after {t}", r) for t, r in zip(self.tasks, scores.matrix, strict=True)),
         ]
         for title, row in entries:
             if not np.isnan(row).all():
@@ -114,30 +145,68 @@ def score_table(scores: list[Any], names: list[str]) -> str:
 
 def compare_text(results: list[RunResult]) -> str:
     """One row per metric, one column per run."""
-    keys = [k for k in DEFINITIONS if any(r.metrics.get(k) is not None for r in results)]
-    width = max((len(k) for k in keys), default=0)
+    rows = compared(results)
+    width = max((len(key) for key, _, _ in rows), default=0)
     columns = [max(len(r.name), 7) + 2 for r in results]
     lines = [" " * width + "".join(f"{r.name:>{w}}" for r, w in zip(results, columns, strict=True))]
-    for key in keys:
-        values = (f"{_number(r.metrics.get(key)):>{w}}" for r, w in zip(results, columns, strict=True))
-        lines.append(f"{key:<{width}}" + "".join(values) + f"  {DEFINITIONS[key].direction} is better")
+    for key, values, direction in rows:
+        numbers = "".join(f"{_number(v):>{w}}" for v, w in zip(values, columns, strict=True))
+        lines.append(f"{key:<{width}}{numbers}  {direction} is better")
     return "\n".join(lines)
+
+
+def compared(results: list[RunResult]) -> list[tuple[str, list[float | None], str]]:
+    """What runs are compared by: metric, its value in each run (None = undefined), and which direction is better."""
+    rows = [(k, [r.metrics.get(k) for r in results], str(DEFINITIONS[k].direction)) for k in DEFINITIONS]
+    names = dict.fromkeys(name for r in results for name in r.further)
+    for name in names:
+        found = [r.further[name].metrics() if name in r.further else {} for r in results]
+        rows += [(f"{name}: {k}", [m.get(k) for m in found], str(DEFINITIONS[k].direction)) for k in SHOWN]
+    splits = [r.format_split for r in results]
+    for metric in dict.fromkeys(m for split in splits for m in split):
+        for part in ("superficial", "essential"):
+            rows.append((f"{part} forgetting ({metric})", [s.get(metric, {}).get(part) for s in splits], "lower"))
+    return [row for row in rows if any(value is not None for value in row[1])]
+
+
+def _columns(scores: Scores) -> dict[str, Any]:
+    """JSON of a matrix and its columns."""
+    numbers = {"matrix": scores.matrix.tolist(), "initial": scores.initial.tolist()}
+    return {"task_metrics": scores.task_metrics, "higher_is_better": scores.higher_is_better, **numbers}
+
+
+def _read_columns(saved: Any, file: Path, shape: tuple[int, ...]) -> dict[str, Any]:
+    """Inverse of :func:`_columns`, checked."""
+    try:
+        metrics, better = [str(m) for m in saved["task_metrics"]], [bool(b) for b in saved["higher_is_better"]]
+        matrix, initial = (np.array(_nan(saved[key]), dtype=float) for key in ("matrix", "initial"))
+    except (KeyError, TypeError, ValueError) as error:
+        raise _damaged(file, f"{type(error).__name__}: {error}") from error
+    if matrix.shape != shape or not initial.shape == (len(metrics),) == (len(better),) == shape[1:]:
+        raise _damaged(file, "its rows and columns are not those of its tasks")
+    return {"task_metrics": metrics, "higher_is_better": better, "matrix": matrix, "initial": initial}
 
 
 def _matrix(saved: Any, run_dir: Path) -> dict[str, Any]:
     """The checked content of ``matrix.json``."""
+    file = run_dir / "matrix.json"
     try:
-        names = {key: [str(n) for n in saved[key]] for key in ("tasks", "holdout", "task_metrics")}
-        matrix, initial = (np.array(_nan(saved[key]), dtype=float) for key in ("matrix", "initial"))
+        names = {key: [str(n) for n in saved[key]] for key in ("tasks", "holdout")}
         rest = {"name": str(saved["name"]), "snippet": str(saved["snippet"])}
-        better = [bool(b) for b in saved["higher_is_better"]]
-    except (KeyError, TypeError, ValueError) as error:
-        raise _damaged(run_dir / "matrix.json", f"{type(error).__name__}: {error}") from error
-    rows, columns = len(names["tasks"]), len(names["tasks"]) + len(names["holdout"])
-    shapes = matrix.shape, initial.shape, len(names["task_metrics"]), len(better)
-    if shapes != ((rows, columns), (columns,), columns, columns):
-        raise _damaged(run_dir / "matrix.json", "its rows and columns are not those of its tasks")
-    return {**names, **rest, "matrix": matrix, "initial": initial, "higher_is_better": better}
+    except (KeyError, TypeError) as error:
+        raise _damaged(file, f"{type(error).__name__}: {error}") from error
+    shape = len(names["tasks"]), len(names["tasks"]) + len(names["holdout"])
+    return {**names, **rest, **_read_columns(saved, file, shape)}
+
+
+def _further(saved: Any, run_dir: Path, shape: tuple[int, ...]) -> dict[str, Scores]:
+    """The checked content of ``further.json``; empty where there is none."""
+    if saved is None:
+        return {}
+    tables = saved.get("matrices") if isinstance(saved, dict) else None
+    if not isinstance(tables, dict):
+        raise _damaged(run_dir / "further.json", "it has no matrices")
+    return {name: Scores(**_read_columns(table, run_dir / "further.json", shape)) for name, table in tables.items()}
 
 
 def _metrics(saved: Any, run_dir: Path) -> dict[str, Any]:

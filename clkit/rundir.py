@@ -8,7 +8,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,8 @@ _OWN = (
     "events.jsonl",
     "matrix.json",
     "metrics.json",
+    "further.json",
+    "answer_styles.jsonl",
     "report.html",
     "export",
     ".tmp-export",
@@ -46,7 +48,8 @@ class RunDirectory:
     """Reads and writes one run's files.
 
     ``config.yaml`` resolved configuration; ``run.json`` versions, git revision, data and model hashes; ``status.json``;
-    ``events.jsonl``; ``matrix.json``; ``metrics.json``; ``checkpoints/``; ``export/``; ``report.html``.
+    ``events.jsonl``; ``matrix.json``; ``metrics.json``; ``further.json`` further matrices; ``answer_styles.jsonl``
+    converted training records; ``checkpoints/``; ``export/``; ``report.html``.
     """
 
     def __init__(self, path: str | Path, keep: int = 2) -> None:
@@ -176,6 +179,12 @@ class RunDirectory:
     def write(self, name: str, value: Any) -> None:
         """Write a JSON file atomically; NaN becomes null."""
         write_json(self.path / name, _finite(value))
+
+    def write_rows(self, name: str, rows: Sequence[Any]) -> None:
+        """Write a JSON-lines file atomically; no file without rows."""
+        if rows:
+            lines = (json.dumps(_finite(row), ensure_ascii=False) for row in rows)
+            write_text(self.path / name, "".join(f"{line}\n" for line in lines))
 
     def status(self, state: str, **detail: Any) -> None:
         """Write ``status.json``: running, finished, interrupted or failed."""

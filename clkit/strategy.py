@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -181,6 +181,14 @@ class Strategy(ABC):
     def inference(self) -> AbstractContextManager[nn.Module]:
         """The weights that serve evaluation and export, within the context."""
         return self._serve()
+
+    def alternatives(self) -> Mapping[str, Callable[[], AbstractContextManager[nn.Module]]]:
+        """Other weights of interest, by name, each as in :meth:`inference`: scored beside those that serve.
+
+        After each task every one of them gets its row in a matrix of its own (``RunResult.further``). Names and number
+        never change during a run.
+        """
+        return {}
 
     def export(self, directory: Path) -> str:
         """Write what a user takes away; returns the snippet that loads it."""

@@ -13,7 +13,8 @@ import contextlib
 import math
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -27,17 +28,17 @@ from clkit.config import EngineConfig, RunConfig
 from clkit.engine.base import Engine
 from clkit.engine.local import LocalEngine
 from clkit.errors import NumericalError
-from clkit.evaluation.base import evaluate
+from clkit.evaluation.base import Score, evaluate_all
 from clkit.files import disk_errors
 from clkit.loader import Encodings, split_batch, steps_in_stage
-from clkit.metrics.continual import summarize
 from clkit.models.base import Model
 from clkit.progress import Progress
-from clkit.provenance import collect
+from clkit.provenance import answer_styles, collect
 from clkit.resolve import to_dict
 from clkit.result import RunResult
 from clkit.rng import Streams
 from clkit.rundir import RunDirectory
+from clkit.scores import Scores
 from clkit.signals import Interrupted, stop_on_signal
 from clkit.strategy import Position, RunContext, Strategy, TaskLoop
 from clkit.tasks.base import Task, TaskSequence
@@ -92,6 +93,7 @@ class SequentialTrainer:
             if self.directory.finished:
                 return RunResult.load(self.directory.path)
             with self.directory.recording_failure():
+                self.directory.write_rows("answer_styles.jsonl", answer_styles(tasks))
                 self.directory.bind_model(self.model.provenance)
                 return self._fit(tasks)
 
@@ -102,7 +104,7 @@ class SequentialTrainer:
         state = self.position
         with stop_on_signal(self._request_stop):
             if self.config.eval.initial and not self._initial_done:
-                self._score(self.initial, "before training")
+                self._score(lambda scores: scores.initial, "before training", range(len(self.scored)))
                 self._initial_done = True
                 self._checkpoint()
             while state.stage < len(tasks):
@@ -111,7 +113,7 @@ class SequentialTrainer:
                         self._learn(tasks[state.stage])
                         self._learned = True
                         self._checkpoint()
-                    self._score(self.matrix[state.stage], f"after {tasks[state.stage].name}")
+                    self._score(lambda scores: scores.matrix[state.stage], f"after {tasks[state.stage].name}")
                 state.stage, state.step, self._learned = state.stage + 1, 0, False
                 self._checkpoint()
         return self._finish()
@@ -121,9 +123,9 @@ class SequentialTrainer:
         self.tasks = tasks
         self.scored = [*tasks, *tasks.holdout]
         self.position = Position()
-        self.matrix = np.full((len(tasks), len(self.scored)), math.nan)
-        self.initial = np.full(len(self.scored), math.nan)
-        self._higher_is_better: dict[str, bool] = {}
+        own = [task.metric for task in self.scored]
+        self.scores = Scores.empty(len(tasks), own)
+        self.further = {m: Scores.empty(len(tasks), [m] * len(own)) for m in self.config.eval.also}
         self._initial_done = self._learned = False
         self._previous: Batch | None = None
         streams = Streams(self.config.seed)
@@ -140,6 +142,7 @@ class SequentialTrainer:
             lambda name, value: self._event("value", name=name, value=value),
         )
         self.strategy.setup(self.run)
+        self.further |= {name: Scores.empty(len(tasks), own) for name in self.strategy.alternatives()}
         saved = self.store.load() if self.store is not None else None
         if self.directory is not None and self.engine.is_main and not read_only:
             self.directory.open_events(saved["events"] if saved else 0)
@@ -237,49 +240,66 @@ class SequentialTrainer:
         return not all(math.isfinite(value) for value in terms.values())
 
     # --- scoring ----------------------------------------------------------------------------------------------------
-    def _score(self, row: np.ndarray, when: str) -> None:
-        """Score into a row of R: all seen tasks, the next one (forward transfer needs it), and holdout tasks."""
-        stage, count, scores = self.position.stage, len(self.tasks), {}
+    def _score(
+        self, row: Callable[[Scores], np.ndarray], when: str, due: Sequence[int] = (), *, further: bool = True
+    ) -> None:
+        """Score into a row of R: all seen tasks, the next one (forward transfer needs it), and holdout tasks.
+
+        ``further``: the further matrices get their rows too, of more metrics and of weights that do not serve.
+        """
+        stage, count, shown = self.position.stage, len(self.tasks), []
         last = stage + 1 if self.config.eval.initial else stage
-        untouched = row is self.initial
-        due = [(j, task) for j, task in enumerate(self.scored) if untouched or j <= last or j >= count]
-        with self.serving(), self.progress.task(f"scoring {when}", len(due)) as bar:
-            for j, task in due:
-                if self._stop:
-                    break
-                score = self.score_task(task)
-                row[j] = score.value
-                scores[task.name] = score
-                self._higher_is_better[task.name] = score.higher_is_better
-                self._event(
-                    "score", after=when, stage=stage, task=task.name, metric=score.metric, value=score.value, n=score.n
-                )
-                bar.advance(1)
+        due = due or [j for j in range(len(self.scored)) if j <= last or j >= count]
+        also = self.config.eval.also if further else []
+        views = [("", self.strategy.inference, [self.scores, *(self.further[metric] for metric in also)])]
+        if further:
+            others = self.strategy.alternatives()
+            views += [(name, weights, [self.further[name]]) for name, weights in others.items()]
+        with self.progress.task(f"scoring {when}", len(due) * len(views)) as bar:
+            for name, weights, tables in views:
+                of = {"weights": name} if name else {}
+                with self._computing(weights()):
+                    for j in due:
+                        if self._stop:
+                            break
+                        found = self._evaluate(self.scored[j], [table.task_metrics[j] for table in tables])
+                        for table in tables:
+                            row(table)[j] = found[table.task_metrics[j]].value
+                        for score in found.values():
+                            about = {"task": self.scored[j].name, "metric": score.metric, "n": score.n, **of}
+                            self._event("score", after=when, stage=stage, value=score.value, **about)
+                        shown += [] if name else [f"{self.scored[j].name} {found[tables[0].task_metrics[j]].value:.3f}"]
+                        bar.advance(1)
         if self._stop:
             self._checkpoint()
-        self.progress.say(f"{when}: " + "  ".join(f"{name} {score.value:.3f}" for name, score in scores.items()))
+        self.progress.say(f"{when}: " + "  ".join(shown))
 
     @contextlib.contextmanager
-    def serving(self) -> Iterator[None]:
-        """Within the context the model computes with the weights that the strategy serves."""
-        with self.strategy.inference() as module:
+    def _computing(self, weights: AbstractContextManager[nn.Module]) -> Iterator[None]:
+        with weights as module:
             trained, self.model.module = self.model.module, module
             try:
                 yield
             finally:
                 self.model.module = trained
 
-    def score_task(self, task: Task) -> Any:
+    def serving(self) -> AbstractContextManager[None]:
+        """Within the context the model computes with the weights that the strategy serves."""
+        return self._computing(self.strategy.inference())
+
+    def score_task(self, task: Task) -> Score:
         """Score one task with the module as it is."""
-        restrict = task.classes if self.tasks.scenario == "task" else None
-        return evaluate(
+        return self._evaluate(task, [task.metric])[task.metric]
+
+    def _evaluate(self, task: Task, metrics: Sequence[str]) -> dict[str, Score]:
+        return evaluate_all(
             self.model,
             task,
             self.run.encodings.eval(task),
-            metric=task.metric,
+            metrics=metrics,
             options=self.config.eval,
             group=self.engine.group,
-            restrict_to=restrict,
+            restrict_to=task.classes if self.tasks.scenario == "task" else None,
         )
 
     # --- state ------------------------------------------------------------------------------------------------------
@@ -294,9 +314,8 @@ class SequentialTrainer:
             "position": {"stage": position.stage, "step": position.step, "total_steps": position.total_steps},
             "learned": self._learned,
             "initial_done": self._initial_done,
-            "matrix": torch.from_numpy(self.matrix),
-            "initial": torch.from_numpy(self.initial),
-            "higher_is_better": self._higher_is_better,
+            **self.scores.state_dict(),
+            "further": {name: scores.state_dict() for name, scores in self.further.items()},
             "events": self.directory.events_offset() if self.directory is not None else 0,
             "streams": self.run.streams.state_dict(),
             "strategy": self.strategy.state_dict(),
@@ -327,9 +346,9 @@ class SequentialTrainer:
         for key, value in saved["position"].items():
             setattr(self.position, key, value)
         self._learned, self._initial_done = saved["learned"], saved["initial_done"]
-        self.matrix[:] = saved["matrix"].numpy()
-        self.initial[:] = saved["initial"].numpy()
-        self._higher_is_better = dict(saved["higher_is_better"])
+        self.scores.load_state_dict(saved)
+        for name, numbers in saved.get("further", {}).items():
+            self.further[name].load_state_dict(numbers)
         self.strategy.load_state_dict(saved["strategy"])
         self.strategy.load_model_state(saved["model"])
         if saved["engine"] is not None:
@@ -346,18 +365,17 @@ class SequentialTrainer:
             self.directory.event(kind, total_steps=self.position.total_steps, time=round(time.time(), 3), **fields)
 
     def _finish(self) -> RunResult:
-        count = len(self.tasks)
-        better = [self._higher_is_better.get(t.name, True) for t in self.tasks]
-        initial = self.initial[:count] if self.config.eval.initial else None
+        scores = self.scores
         result = RunResult(
             name=self.config.name,
             tasks=[t.name for t in self.tasks],
             holdout=[t.name for t in self.tasks.holdout],
-            task_metrics=[t.metric for t in self.scored],
-            matrix=self.matrix,
-            initial=self.initial,
-            metrics=summarize(self.matrix[:, :count], initial=initial, higher_is_better=better),
-            higher_is_better=[self._higher_is_better.get(t.name, True) for t in self.scored],
+            task_metrics=scores.task_metrics,
+            matrix=scores.matrix,
+            initial=scores.initial,
+            metrics=scores.metrics(),
+            higher_is_better=scores.higher_is_better,
+            further=self.further,
             run_dir=self.directory.path if self.directory is not None else None,
         )
         if self.directory is not None and self.engine.is_main:
@@ -407,7 +425,8 @@ class _Loop(TaskLoop):
             self._since, self._tokens = now, 0
         self._bar.advance(1)
         if config.eval.every_steps and step % config.eval.every_steps == 0:
-            trainer._score(np.full(len(trainer.scored), math.nan), f"step {step} of {self._task.name}")
+            title = f"step {step} of {self._task.name}"
+            trainer._score(lambda scores: np.full(len(trainer.scored), math.nan), title, further=False)
             trainer.model.module.train()
         if trainer._stop or (config.checkpoint.every_steps and step % config.checkpoint.every_steps == 0):
             trainer._checkpoint()

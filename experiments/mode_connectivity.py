@@ -26,7 +26,7 @@ from typing import Any
 from peft import PeftModel
 
 from clkit import build, resolve
-from clkit.analysis import interpolate, save_adapter
+from clkit.analysis import check_adapter, interpolate, save_adapter
 from clkit.errors import ClkitError, ConfigError
 from clkit.evaluation.base import evaluate
 from clkit.loader import Encodings
@@ -45,6 +45,8 @@ def score_path(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     model = build.make_model(config.model, tasks, config.seed, print)
     build.make_engine(config.engine).prepare(model)
     base: Any = model.module
+    for adapter in (arguments.a, arguments.b):
+        check_adapter(adapter, base)
     base = base.unload()  # the frozen model in the type it was trained with, without the fresh adapter
     encodings = Encodings(model, tasks)
     rows = []

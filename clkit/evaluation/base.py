@@ -7,7 +7,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch
@@ -21,6 +21,8 @@ from clkit.models.base import Model
 from clkit.modes import evaluating
 from clkit.tasks.base import Kind, Task
 from clkit.tasks.batch import Encoded
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +67,7 @@ class Scoring:
         encoded: these examples in the model's form.
         options: sizes of batches and answers.
         restrict_to: classes to choose from (the task is known at test); None = all.
+        shared: what one metric found out and another can use; see :meth:`once`.
     """
 
     model: Model
@@ -72,6 +75,18 @@ class Scoring:
     encoded: Encoded
     options: EvalConfig
     restrict_to: tuple[int, ...] | None = None
+    shared: dict[Any, Any] = field(default_factory=dict)
+
+    def once(self, what: str, indices: Sequence[int], compute: Callable[[], T]) -> T:
+        """``compute()`` the first time that a metric asks for ``what`` of this batch, the same result afterwards.
+
+        So a task that is scored with several metrics of the generated answers is answered once.
+        """
+        key = (what, *indices)
+        if key not in self.shared:
+            self.shared[key] = compute()
+        found: T = self.shared[key]
+        return found
 
 
 class Scorer(ABC):
@@ -119,7 +134,32 @@ def evaluate(
     restrict_to: tuple[int, ...] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Score:
-    """Score ``task`` with ``metric``.
+    """Score ``task`` with ``metric``; see :func:`evaluate_all`."""
+    found = evaluate_all(
+        model,
+        task,
+        encoded,
+        metrics=[metric],
+        options=options,
+        group=group,
+        restrict_to=restrict_to,
+        progress=progress,
+    )
+    return found[metric]
+
+
+def evaluate_all(
+    model: Model,
+    task: Task,
+    encoded: Encoded,
+    *,
+    metrics: Sequence[str],
+    options: EvalConfig | None = None,
+    group: Group | None = None,
+    restrict_to: tuple[int, ...] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Score]:
+    """Score ``task`` with each of ``metrics``; metrics of the generated answer share one generation.
 
     Batches are made of examples of similar length and dealt out whole to the processes of ``group``. They are the same
     batches on one process and on many, so the score is the same too, to the last bit on the same kind of machine.
@@ -129,31 +169,39 @@ def evaluate(
             training flags of all its parts are put back afterwards.
         task: the task.
         encoded: its evaluation examples, encoded by ``model``.
-        metric: a registered name (``clkit ls metrics``).
+        metrics: registered names (``clkit ls metrics``).
         options: sizes of batches and answers.
         group: the processes that share the work; each must call this and each gets the whole score.
         restrict_to: classes to choose from, for tasks whose identity is known at test.
-        progress: called with (examples done here, examples to do here) after each batch.
+        progress: called with (examples done here, examples to do here) after each batch, for each metric anew.
 
     Raises:
-        ConfigError: the metric is unknown.
-        CapabilityError: the metric does not fit the task or the model.
-        DataError: there is nothing to score, or a record lacks what the metric needs.
+        ConfigError: a metric is unknown.
+        CapabilityError: a metric does not fit the task or the model.
+        DataError: there is nothing to score, or a record lacks what a metric needs.
     """
-    scorer, group = SCORERS.get(metric)(), group or local_group()
-    if task.kind not in scorer.kinds:
-        raise CapabilityError(
-            f"task '{task.name}': metric '{metric}' scores {' and '.join(sorted(scorer.kinds))} tasks, "
-            f"and this task is of kind {task.kind}; set another metric for it"
-        )
-    if not len(encoded):
-        raise DataError(f"task '{task.name}' has no evaluation examples to score with '{metric}'")
+    scorers: dict[str, Scorer] = {name: SCORERS.get(name)() for name in metrics}
+    group = group or local_group()
     scoring = Scoring(model, task, encoded, options or EvalConfig(), restrict_to)
-    scorer.check(scoring)
+    for name, scorer in scorers.items():
+        if task.kind not in scorer.kinds:
+            raise CapabilityError(
+                f"task '{task.name}': metric '{name}' scores {' and '.join(sorted(scorer.kinds))} tasks, "
+                f"and this task is of kind {task.kind}; set another metric for it"
+            )
+        if not len(encoded):
+            raise DataError(f"task '{task.name}' has no evaluation examples to score with '{name}'")
+        scorer.check(scoring)
+    return {name: _score(scorer, name, scoring, group, progress) for name, scorer in scorers.items()}
+
+
+def _score(
+    scorer: Scorer, metric: str, scoring: Scoring, group: Group, progress: Callable[[int, int], None] | None
+) -> Score:
     mine = plan_batches(scorer.cost(scoring), scoring.options)[group.rank :: group.world]
     done, total = 0, sum(len(batch) for batch in mine)
     found: list[tuple[int, dict[str, Any]]] = []
-    with evaluation_mode(model):
+    with evaluation_mode(scoring.model):
         for batch in mine:
             found += zip(batch, map(asdict, scorer.score(scoring, batch)), strict=True)
             done += len(batch)

@@ -33,9 +33,13 @@ class Generated(Scorer):
         return np.array(lengths, dtype=np.int64) + scoring.options.max_new_tokens
 
     def score(self, scoring: Scoring, indices: Sequence[int]) -> list[Detail]:
-        """One call of ``generate``."""
+        """One call of ``generate``, whose answers all metrics of this kind judge."""
         model, encoded = scoring.model, scoring.encoded
-        texts = model.generate(encoded, indices, scoring.options.max_new_tokens)  # type: ignore[attr-defined]
+        texts = scoring.once(
+            "generated",
+            indices,
+            lambda: model.generate(encoded, indices, scoring.options.max_new_tokens),  # type: ignore[attr-defined]
+        )
         return [self.judge(encoded.records[i], text) for i, text in zip(indices, texts, strict=True)]  # type: ignore[attr-defined]
 
     @abstractmethod

@@ -62,8 +62,9 @@ class OptionLogLikelihood(Scorer):
         tokens = [_tokens(scoring, i) for i in indices]
         prompts, options = [prompt for prompt, _ in tokens], [opts for _, opts in tokens]
         logliks = rowwise_logliks if _why_not_packed(scoring, tokens) else packed_logliks
+        totals = scoring.once("logliks", indices, lambda: logliks(scoring.model.module, prompts, options))
         found = []
-        for i, sums, opts in zip(indices, logliks(scoring.model.module, prompts, options), options, strict=True):
+        for i, sums, opts in zip(indices, totals, options, strict=True):
             record = scoring.encoded.records[i]  # type: ignore[attr-defined]
             values = [s / len(o) for s, o in zip(sums, opts, strict=True)] if self.per_token else sums
             best, gold = values.index(max(values)), gold_option(record)

@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 
 from clkit.errors import DataError, Problem
-from clkit.tasks.asd import diversify
+from clkit.tasks.asd import diversify, given_explanations
 from clkit.tasks.base import (
     EditExamples,
     EditRecord,
@@ -155,7 +155,9 @@ def _records_task(draft: _Draft, config: RecordsConfig, seed: int) -> Task:
         sets[1] = sets[0][: config.eval_limit or None]  # score only edits that are made
     if config.asd:
         texts = [r for r in sets[0] if isinstance(r, TextRecord)]
-        converted, metadata["asd"] = diversify(texts, config.asd, seed)
+        explanations = {p.record.id: p.explanation for p in draft.train if p.explanation is not None}
+        explain = given_explanations(explanations) if explanations else None
+        converted, metadata["asd"] = diversify(texts, config.asd, seed, explain)
         sets[0] = [*converted]
     train, eval = (_examples(records, config.kind) for records in sets)
     metric = config.metric

@@ -50,10 +50,16 @@ class RecordsConfig(SplitConfig):
     max_chars: int = opt(100_000, "longest text of a record in characters", min=1)
     asd: float = opt(
         0.0,
-        "part of each text task's training records that is asked in other answer styles (yes/no, multiple choice); "
-        "0 = none, published: 0.2",
+        "part of each text task's training records that is asked in other answer styles (yes/no, multiple choice, "
+        "short; brief and detailed explanations where the records have some); 0 = none, published: 0.2",
         min=0,
         max=1,
+    )
+    explanation_field: str = opt("explanation", "column of the explanation of an answer, for asd; '' = do not read")
+    explanation_after: str = opt(
+        "",
+        "text (such as a line break) that ends a text task's answer where its explanation follows in the same column, "
+        "in training and evaluation; '' = the whole column is the answer",
     )
 
 
@@ -70,6 +76,9 @@ def record_problems(config: RecordsConfig, single: bool) -> list[Problem]:
         problems.append(Problem("tasks.metric", f"classification is scored by accuracy (got '{config.metric}')"))
     if config.asd and config.kind != "text":
         problems.append(Problem("tasks.asd", f"converts answers of text tasks (got kind '{config.kind}'); set it to 0"))
+    if config.explanation_after and config.kind != "text":
+        what = f"splits answers of text tasks (got kind '{config.kind}'); set it to ''"
+        problems.append(Problem("tasks.explanation_after", what))
     needed = ["prompt_field", *({"text": ["answer_field"], "edit": ["target_field"]}.get(config.kind, []))]
     problems += [Problem(f"tasks.{key}", "must name a column (got '')") for key in needed if not getattr(config, key)]
     if classification and single:
@@ -89,6 +98,7 @@ class Parsed:
     record: TextRecord | EditRecord
     content: str
     label: str = ""
+    explanation: str | None = None
 
 
 class Ids:
@@ -137,7 +147,7 @@ class RowParser:
     def _text(self, row: Row, pool: str) -> Parsed | None:
         config, before = self.config, len(self.problems)
         prompt = self._string(row, config.prompt_field)
-        answer = self._string(row, config.answer_field)
+        answer, explanation = self._answer(row)
         subject = self._string(row, config.subject_field, required=False)
         label = self._name(row, config.label_field)
         options = self._options(row, answer)
@@ -147,7 +157,19 @@ class RowParser:
         content = content_id({"prompt": prompt, "answer": answer})
         record_id = self.ids.give(given, content, pool, row.where, self.problems)
         record = TextRecord(prompt or "", answer or "", record_id, options, subject, label)
-        return Parsed(row.where, record, content)
+        return Parsed(row.where, record, content, explanation=explanation)
+
+    def _answer(self, row: Row) -> tuple[str | None, str | None]:
+        """The answer, and its explanation where there is one and `asd` will use it."""
+        config = self.config
+        answer = self._string(row, config.answer_field)
+        explanation = self._string(row, config.explanation_field, required=False) if config.asd else None
+        if answer is not None and config.explanation_after and config.explanation_after in answer:
+            answer, _, rest = (part.strip() for part in answer.partition(config.explanation_after))
+            explanation = explanation or rest or None
+            if not answer:
+                self._problem(row, f"'{config.answer_field}' is empty before its explanation")
+        return answer, explanation
 
     def _edit(self, row: Row, pool: str) -> Parsed | None:
         config, before = self.config, len(self.problems)

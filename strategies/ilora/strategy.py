@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +15,6 @@ from torch import Tensor, nn
 
 from clkit.config import ReplayConfig, StrategyConfig, opt
 from clkit.errors import ConfigError, Problem
-from clkit.evaluation.base import evaluate
 from clkit.modes import evaluating, swapped
 from clkit.strategies.ilora.consistency import find_decoder, showing, squared_gap
 from clkit.strategy import Capabilities, Losses, RunContext, Strategy
@@ -206,24 +207,17 @@ class ILoRA(Strategy):
             interpolate_(self.slow, self._fast, ema_weight(step, self.config.interpolation, self.config.ramp))
 
     def end_task(self, task: Task) -> None:
-        """`snapshot`: the slow learner becomes the fast one. `ema`: score the learner that does not serve, and log it.
-
-        The scores are events named ``fast/<task>`` (or ``slow/<task>``), beside the served ones in the matrix.
-        """
+        """`snapshot`: the slow learner becomes the fast one."""
         if self.config.slow == "snapshot":
             interpolate_(self.slow, self._fast, 0.0)
-        elif self.config.slow == "ema":
-            self._score_other()
 
-    def _score_other(self) -> None:
-        run, other = self.run, "fast" if self.config.serve == "slow" else "slow"
-        with self.learner(other):
-            for task in run.tasks[: run.position.stage + 1]:
-                encoded = run.encodings.eval(task)
-                score = evaluate(
-                    run.model, task, encoded, metric=task.metric, options=run.config.eval, group=run.engine.group
-                )
-                run.log(f"{other}/{task.name}", score.value)
+    def alternatives(self) -> dict[str, Callable[[], AbstractContextManager[nn.Module]]]:
+        """`ema`: the learner that does not serve, scored in a matrix called "fast" or "slow".
+
+        With `snapshot` both are equal when a task ends, with `base` the other one is never trained.
+        """
+        other = "fast" if self.config.serve == "slow" else "slow"
+        return {other: partial(self.learner, other)} if self.config.slow == "ema" else {}
 
     def _slow_values(self, autocast: bool = False) -> dict[str, Tensor]:
         """In the type of the fast learner, or in the one that autocast computes in: equal to the last bit, but peft

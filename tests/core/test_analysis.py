@@ -9,14 +9,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import clkit
 from clkit import api, resolve
-from clkit.analysis import deltas, interpolate, save_adapter
+from clkit.analysis import check_adapter, deltas, interpolate, save_adapter
 from clkit.errors import ConfigError, ModelError
 
 MODULE = "base_model.model.model.layers.0.self_attn.q_proj"
 A, B = f"{MODULE}.lora_A.weight", f"{MODULE}.lora_B.weight"
+WEIGHTS = "adapter_model.safetensors"
 ROOT = Path(__file__).parents[2]
 
 
@@ -34,8 +36,6 @@ def delta(tensors):
 
 def written(folder, tensors, **config):
     """An adapter directory."""
-    from safetensors.torch import save_file
-
     folder.mkdir()
     save_file(tensors, folder / "adapter_model.safetensors")
     content = {"peft_type": "LORA", "r": tensors[A].shape[0], "lora_alpha": 6, "target_modules": ["q_proj"], **config}
@@ -108,6 +108,40 @@ def test_adapters_that_do_not_belong_together_are_refused(tmp_path):
         save_adapter({A: torch.zeros(3, 7), "x.lora_A.weight": torch.zeros(2, 7)}, tmp_path / "out", like=plain)
 
 
+def test_an_adapter_is_not_written_like_one_of_other_modules(tmp_path):
+    plain = written(tmp_path / "plain", adapter(1))
+    elsewhere = {name.replace("q_proj", "v_proj"): value for name, value in adapter(1).items()}
+    with pytest.raises(ModelError, match=r"plain: adapts other modules than the tensors given \(4 names.*q_proj"):
+        save_adapter(elsewhere, tmp_path / "out", like=plain)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("kind", ["plain", "wrapped", "gpt2"])
+def test_an_adapter_of_another_model_is_refused_before_it_is_loaded(kind, tiny_llama, tmp_path):
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+
+    target = "c_attn" if kind == "gpt2" else "q_proj"
+
+    def model():
+        if kind == "gpt2":
+            return GPT2LMHeadModel(GPT2Config(vocab_size=9, n_embd=32, n_layer=2, n_head=4, n_positions=16))
+        return AutoModelForCausalLM.from_pretrained(tiny_llama)
+
+    made = get_peft_model(model(), LoraConfig(r=2, target_modules=[target], fan_in_fan_out=kind == "gpt2"))
+    made.save_pretrained(tmp_path / "own")
+    module = made if kind == "wrapped" else model()
+    check_adapter(tmp_path / "own", module)
+    own = load_file(tmp_path / "own" / "adapter_model.safetensors")
+    check_adapter(own, module)
+    narrow = {name: value[:, :-1] if "lora_A" in name else value for name, value in own.items()}
+    with pytest.raises(ModelError, match=rf"adapter of another model: '.*{target}' is .* here, and the adapter's is"):
+        check_adapter(narrow, module)
+    deeper = {name.replace(".1.", ".7."): value for name, value in own.items()}
+    with pytest.raises(ModelError, match=rf"adapter of another model: this one has no linear layer '.*7.*{target}'"):
+        check_adapter(deeper, module)
+
+
 def test_whole_weights_beside_the_adapter_are_interpolated_linearly():
     head = "base_model.model.score.weight"
     mixed = interpolate({**adapter(1), head: torch.zeros(2)}, {**adapter(2), head: torch.ones(2)}, 0.25, "delta")
@@ -145,3 +179,12 @@ def test_the_script_scores_the_path_between_two_runs(text_content, tmp_path, scr
     assert script.main([ends[0], str(tmp_path), "--config", str(tmp_path / "both" / "config.yaml")]) == 2
     assert "no readable PEFT adapter" in capsys.readouterr().err
     assert script.main([*ends, "--new", "3"]) == 2
+    capsys.readouterr()
+    wrong = {name: torch.cat([value, value], dim=1) for name, value in load_file(f"{ends[0]}/{WEIGHTS}").items()}
+    (tmp_path / "wrong").mkdir()
+    save_file(wrong, tmp_path / "wrong" / WEIGHTS)
+    (tmp_path / "wrong" / "adapter_config.json").write_text(Path(ends[0], "adapter_config.json").read_text())
+    assert script.main([str(tmp_path / "wrong"), ends[1]]) == 2
+    assert "wrong: an adapter of another model: 'model.layers.0.self_attn.q_proj' is (32, 32) here" in (
+        capsys.readouterr().err
+    )

@@ -82,6 +82,9 @@ def test_a_run_that_is_cut_at_any_step_ends_bit_identically(name, world, content
     resumed = api.run(config)
     assert resumed.metrics == whole.metrics
     np.testing.assert_array_equal(resumed.matrix, whole.matrix)
+    assert list(resumed.further) == list(whole.further)
+    for further, scores in whole.further.items():
+        np.testing.assert_array_equal(resumed.further[further].matrix, scores.matrix)
     ours, theirs = weights(tmp_path / "cut"), weights(tmp_path / "whole")
     assert ours.keys() == theirs.keys()
     for key in ours:

@@ -399,16 +399,20 @@ def test_both_learners_are_scored_and_either_is_exported(text_content, tmp_path)
     for serve, other in (("slow", "fast"), ("fast", "slow")):
         content = {**text_content, "output_dir": str(tmp_path / serve)}
         result = api.run(settings(content, serve=serve, interpolation=0.999))
+        assert list(result.further) == [other]
+        scores = result.further[other]
+        assert not np.isnan(scores.matrix[np.tril_indices(3)]).any() and scores.task_metrics == result.task_metrics
         events = [json.loads(line) for line in (result.run_dir / "events.jsonl").read_text().splitlines()]
-        logged = [e["name"] for e in events if e["event"] == "value"]
-        names = [t for stage in range(3) for t in result.tasks[: stage + 1]]
-        assert logged == [f"{other}/{name}" for name in names]
+        last = [e["value"] for e in events if e["event"] == "score" and e.get("weights") == other][-3:]
+        assert last == scores.matrix[2].tolist()
         exported = load_file(result.run_dir / "export" / "adapter_model.safetensors")
         with api.open_run(result.run_dir) as trainer:
             strategy = trainer.strategy
             kept = strategy.slow if serve == "slow" else strategy._fast
             assert all(torch.equal(exported[k.replace(".default", "")], v.detach()) for k, v in kept.items())
             assert any(not torch.equal(strategy.slow[k], p) for k, p in strategy._fast.items())
+            with strategy.learner(other):
+                assert [trainer.score_task(task).value for task in trainer.tasks] == last
 
 
 def test_compat_stands_for_the_published_numbers_and_contradictions_are_refused(text_content):
