@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 from clkit.build import coerce
+from clkit.cache import RowCache, computed_root
 from clkit.checkpoint import CheckpointStore
 from clkit.config import EngineConfig, RunConfig
 from clkit.engine.base import Engine
@@ -129,15 +130,17 @@ class SequentialTrainer:
         streams = Streams(self.config.seed)
         streams.seed_global()
         self.engine.prepare(self.model)
+        cache = RowCache(computed_root() if self.directory is not None else None)
         self.run = RunContext(
             self.model,
             tasks,
             self.engine,
             self.config,
             streams,
-            Encodings(self.model, tasks),
+            Encodings(self.model, tasks, cache),
             self.position,
             lambda name, value: self._event("value", name=name, value=value),
+            cache,
         )
         self.strategy.setup(self.run)
         saved = self.store.load() if self.store is not None else None
