@@ -7,7 +7,8 @@ import errno
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+import secrets
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,28 @@ def disk_errors(path: Path, advice: str = "") -> Iterator[None]:
         raise CheckpointError(
             f"{path}: can't write ({error.strerror or error}). {hint}.{advice and f' {advice}'}"
         ) from error
+
+
+def replace_file(path: Path, write: Callable[[Path], object]) -> None:
+    """Make or replace a file of any size in one step; its directory is made. Safe when several processes do it at once.
+
+    Args:
+        path: the file.
+        write: writes the content to the path that it gets.
+
+    Raises:
+        CheckpointError: it can't be written; what was there before stays.
+    """
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+        try:
+            write(temporary)
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def file_sha256(path: Path) -> str:

@@ -10,12 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from clkit.cache import RowCache
 from clkit.config import TrainConfig
 from clkit.errors import DataError, Problem
 from clkit.memory import Buffer
 from clkit.models.base import Model
 from clkit.rng import fresh_generator
-from clkit.tasks.base import LabelledExamples, Task, TaskSequence, TextExamples
+from clkit.tasks.base import Examples, LabelledExamples, Task, TaskSequence, TextExamples
 from clkit.tasks.batch import Batch, Encoded, count_targets
 
 # Sorting windows of this many batches by length keeps padding low while batches still differ from epoch to epoch.
@@ -23,11 +24,12 @@ _WINDOW = 32
 
 
 class Encodings:
-    """The training examples of each task in the model's form, encoded on first use and kept."""
+    """The examples of each task in the model's form, encoded on first use and kept."""
 
-    def __init__(self, model: Model, tasks: TaskSequence) -> None:
+    def __init__(self, model: Model, tasks: TaskSequence, cache: RowCache | None = None) -> None:
         self._model = model
         self._tasks = tasks
+        self._cache = cache or RowCache(None)
         self._train: dict[int, Encoded] = {}
         self._eval: dict[int, tuple[Task, Encoded]] = {}
         self._classes: dict[int, Tensor] = {}
@@ -54,16 +56,20 @@ class Encodings:
         if problems:
             raise DataError.collect("Some records do not fit the model:", problems)
 
+    def encode(self, examples: Examples) -> Encoded:
+        """Any examples in the model's form; features of a frozen backbone come from the cache."""
+        return self._model.precompute(self._model.encode(examples), self._cache)
+
     def train(self, index: int) -> Encoded:
         """Training examples of task ``index``."""
         if index not in self._train:
-            self._train[index] = self._model.encode(self._tasks[index].train)
+            self._train[index] = self.encode(self._tasks[index].train)
         return self._train[index]
 
     def eval(self, task: Task) -> Encoded:
         """Evaluation examples of a task."""
         if id(task) not in self._eval:
-            self._eval[id(task)] = (task, self._model.encode(task.eval))  # holding the task keeps its id its own
+            self._eval[id(task)] = (task, self.encode(task.eval))  # holding the task keeps its id its own
         return self._eval[id(task)][1]
 
     def classes(self, index: int) -> Tensor:

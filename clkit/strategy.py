@@ -13,10 +13,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from clkit.cache import RowCache
 from clkit.checkpoint import tensor_dict
 from clkit.config import RunConfig, StrategyConfig
 from clkit.engine.base import Engine
-from clkit.errors import CheckpointError, Problem
+from clkit.errors import CapabilityError, CheckpointError, Problem
 from clkit.loader import Encodings, Pool, StepLoader
 from clkit.memory import Buffer, make_buffer
 from clkit.models.base import Model
@@ -66,9 +67,10 @@ class RunContext:
         engine: executes steps; the only way to devices and processes.
         config: the resolved configuration.
         streams: random generators by purpose.
-        encodings: encoded training examples of every task, made once.
+        encodings: encoded examples of every task, made once.
         position: where the run is.
         log: ``log(name, value)`` writes one number to events.jsonl.
+        cache: keeps what is computed once and never changes; on disk when the run keeps anything there.
     """
 
     model: Model
@@ -79,6 +81,7 @@ class RunContext:
     encodings: Encodings
     position: Position = field(default_factory=Position)
     log: Callable[[str, float], None] = lambda name, value: None
+    cache: RowCache = field(default_factory=lambda: RowCache(None))
 
 
 class TaskLoop(ABC):
@@ -194,6 +197,16 @@ class Strategy(ABC):
         """Write what a user takes away; returns the snippet that loads it."""
         with self.inference():
             return self.run.model.export(directory)
+
+    @classmethod
+    def rebuild(cls, net: Any, description: Mapping[str, Any]) -> Any:
+        """Turn a newly made classifier's network into the one that an export holds; its weights are loaded after that.
+
+        Args:
+            net: backbone and linear head (``ClassifierNet``).
+            description: what the exported network's ``description()`` gave.
+        """
+        raise CapabilityError(f"{cls.__name__} changes no network, so it can't rebuild one.")
 
     # --- state ------------------------------------------------------------------------------------------------------
     def model_state(self) -> dict[str, Tensor]:

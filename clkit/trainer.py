@@ -23,6 +23,7 @@ import torch
 from torch import nn
 
 from clkit.build import coerce
+from clkit.cache import RowCache, computed_root
 from clkit.checkpoint import CheckpointStore
 from clkit.config import EngineConfig, RunConfig
 from clkit.engine.base import Engine
@@ -131,15 +132,17 @@ class SequentialTrainer:
         streams = Streams(self.config.seed)
         streams.seed_global()
         self.engine.prepare(self.model)
+        cache = RowCache(computed_root() if self.directory is not None else None)
         self.run = RunContext(
             self.model,
             tasks,
             self.engine,
             self.config,
             streams,
-            Encodings(self.model, tasks),
+            Encodings(self.model, tasks, cache),
             self.position,
             lambda name, value: self._event("value", name=name, value=value),
+            cache,
         )
         self.strategy.setup(self.run)
         self.further |= {name: Scores.empty(len(tasks), own) for name in self.strategy.alternatives()}

@@ -11,6 +11,13 @@ import torch
 torch.set_num_threads(1)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def computed(tmp_path_factory) -> Path:
+    """Features and lookups that tests compute stay out of the user's cache; processes that tests start see it too."""
+    os.environ["CLKIT_COMPUTED"] = str(tmp_path_factory.mktemp("computed"))
+    return Path(os.environ["CLKIT_COMPUTED"])
+
+
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory) -> Path:
     """A directory with a two-layer random Llama (d = 32) and a byte-level tokenizer without a chat template."""

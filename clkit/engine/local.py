@@ -83,7 +83,9 @@ class LocalEngine(Engine):
         return torch.autocast(self.device.type, dtype=self._autocast)
 
     def backward(self, loss: Tensor) -> None:
-        """Backward, with the loss scaled under float16."""
+        """Backward, with the loss scaled under float16. Without parameters it does nothing."""
+        if self._optimizer is None:
+            return
         torch.autograd.backward(loss if self._scaler is None else self._scaler.scale(loss))
 
     def unscale(self) -> None:

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from clkit.cache import RowCache
 from clkit.tasks.base import Examples, Kind
 from clkit.tasks.batch import Batch, Encoded
 
@@ -43,6 +44,10 @@ class Model(ABC):
         Raises:
             DataError: the examples are of a kind that this model can't read, or a record does not fit.
         """
+
+    def precompute(self, encoded: Encoded, cache: RowCache) -> Encoded:
+        """The examples with what is constant for them computed already; by default they are as they were."""
+        return encoded
 
     @abstractmethod
     def logits(self, batch: Batch) -> Tensor:

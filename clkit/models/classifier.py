@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -12,15 +13,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from clkit.cache import RowCache
 from clkit.config import LoraConfig, ModelConfig
 from clkit.errors import DataError, ModelError
 from clkit.models.backbones.base import Backbone
 from clkit.models.base import Model
-from clkit.models.encoded_examples import EncodedSentences, EncodedTensors
+from clkit.models.encoded_examples import EncodedLabelled, EncodedSentences, EncodedTensors
 from clkit.models.encoder import TextEncoder
+from clkit.models.frozen import feature_recipe, frozen_features
 from clkit.models.noise import routed
 from clkit.models.precision import DTYPES
 from clkit.models.seeding import seeded
+from clkit.models.vision_encoder import VisionEncoder, read_preprocessor
+from clkit.registry import STRATEGIES
 from clkit.tasks.base import Examples, Kind, LabelledExamples
 from clkit.tasks.batch import Batch, Encoded
 
@@ -64,17 +69,28 @@ class ClassifierNet(nn.Module):
             self.backbone.eval()
         return self
 
+    @property
+    def constant(self) -> bool:
+        """Whether an example's features never change, and can stand for it in a batch (``features``)."""
+        return self.frozen
+
+    def description(self) -> dict[str, Any]:
+        """JSON that says how a strategy changed this network, for :meth:`Strategy.rebuild`; empty when none did."""
+        return {}
+
     def features(self, x: Tensor | None = None, **tokens: Tensor) -> Tensor:
         """The backbone's output (B, D); uint8 images are scaled and normalised first."""
-        if x is not None and x.dtype == torch.uint8:
-            x = x * self.scale + self.shift
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
-            out: Tensor = self.backbone(**tokens) if x is None else self.backbone(x)
+            out: Tensor = self.backbone(**tokens) if x is None else self.backbone(self.scaled(x))
         return out
 
-    def forward(self, x: Tensor | None = None, **tokens: Tensor) -> Tensor:
-        """Logits (B, num_classes)."""
-        logits: Tensor = self.head(self.features(x, **tokens))
+    def scaled(self, x: Tensor) -> Tensor:
+        """Images as the backbone reads them; anything but uint8 is that already."""
+        return x * self.scale + self.shift if x.dtype == torch.uint8 else x
+
+    def forward(self, x: Tensor | None = None, features: Tensor | None = None, **tokens: Tensor) -> Tensor:
+        """Inputs, or features (B, D) computed before, to logits (B, num_classes)."""
+        logits: Tensor = self.head(self.features(x, **tokens) if features is None else features)
         return logits
 
 
@@ -142,6 +158,17 @@ class Classifier(Model):
                 inputs = inputs.float()
         return EncodedTensors(inputs, labels, examples.ids)
 
+    def precompute(self, encoded: Encoded, cache: RowCache) -> Encoded:
+        """Features instead of inputs where the backbone is frozen."""
+        if self.module.constant and isinstance(encoded, EncodedLabelled):
+            return frozen_features(self, encoded, cache)
+        return encoded
+
+    @functools.cached_property
+    def feature_recipe(self) -> dict[str, str]:
+        """What the features of a frozen backbone depend on besides the input; made once, when the model is in place."""
+        return feature_recipe(self)
+
     def _max_length(self) -> int:
         own = getattr(cast(TextEncoder, self.module.backbone).config, "max_position_embeddings", None)
         limits = (self.config.max_length, self.tokenizer.model_max_length, own)
@@ -163,16 +190,21 @@ class Classifier(Model):
 
         directory.mkdir(parents=True, exist_ok=True)
         save_model(self.module, str(directory / "model.safetensors"))
-        if self.tokenizer is not None:
+        backbone = self.module.backbone
+        if isinstance(backbone, (TextEncoder, VisionEncoder)):
             with routed():
-                cast(TextEncoder, self.module.backbone).config.save_pretrained(directory / "encoder")
-                self.tokenizer.save_pretrained(directory / "encoder")
+                backbone.config.save_pretrained(directory / "encoder")
+                if self.tokenizer is not None:
+                    self.tokenizer.save_pretrained(directory / "encoder")
+        if isinstance(backbone, VisionEncoder):
+            backbone.save_preprocessor(directory / "encoder")
         content = {
             "format": FORMAT,
             "version": 1,
             "num_classes": self.num_classes,
             "input_shape": self.input_shape,
             "model": asdict(self.config),
+            "network": self.module.description(),
         }
         (directory / "config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         inputs = "x)  # (B, ...)"
@@ -198,6 +230,8 @@ def load_classifier(directory: Path) -> Classifier:
         config = ModelConfig(**{**saved, "lora": LoraConfig(**saved["lora"])})
         shape = content["input_shape"]
         model = _rebuild(directory, config, content["num_classes"], None if shape is None else tuple(shape))
+        if network := content.get("network"):
+            model.module = STRATEGIES.get(network["strategy"]).rebuild(model.module, network)
         load_model(model.module, directory / "model.safetensors")
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         reason = str(error).partition("\n")[0]
@@ -213,7 +247,7 @@ def _rebuild(directory: Path, config: ModelConfig, num_classes: int, input_shape
 
     generator = torch.Generator().manual_seed(0)
     provenance = {"origin": f"directory:{directory.resolve()}"}
-    if input_shape is not None:
+    if not (directory / "encoder").is_dir():
         with seeded(generator):
             backbone = architectures.get(config.name)(config, input_shape, generator)
         net = ClassifierNet(backbone, num_classes, generator, config.freeze_backbone)
@@ -225,5 +259,9 @@ def _rebuild(directory: Path, config: ModelConfig, num_classes: int, input_shape
     with seeded(generator), routed():
         module = auto.from_config(transformers.AutoConfig.from_pretrained(directory / "encoder"))
     module = prepare(module, config, generator, None, config.name)
+    if input_shape is not None:
+        encoder = VisionEncoder(module, config.pooling, read_preprocessor(directory / "encoder"))
+        net = ClassifierNet(encoder, num_classes, generator, config.freeze_backbone)
+        return Classifier(config, net, provenance, input_shape=input_shape)
     net = ClassifierNet(TextEncoder(module, config.pooling), num_classes, generator, config.freeze_backbone)
     return Classifier(config, net, provenance, tokenizer=load_tokenizer(directory / "encoder", config.name))

@@ -13,7 +13,17 @@ from clkit.tasks.base import Inputs
 from clkit.tasks.batch import Batch, Encoded
 
 
-class EncodedTensors(Encoded):
+class EncodedLabelled(Encoded):
+    """Examples with one class each.
+
+    Attributes:
+        labels: LongTensor (N,).
+    """
+
+    labels: Tensor
+
+
+class EncodedTensors(EncodedLabelled):
     """Images or vectors. A batch is one ``index_select``: for small networks nothing else would be fast enough."""
 
     def __init__(self, inputs: Tensor | Inputs, labels: Tensor, ids: Sequence[str]) -> None:
@@ -28,7 +38,7 @@ class EncodedTensors(Encoded):
         return Batch({"x": x}, self.labels.index_select(0, indices), len(indices), indices, self)
 
 
-class EncodedSentences(Encoded):
+class EncodedSentences(EncodedLabelled):
     """Texts, tokenised once with their special tokens; the end of a text longer than ``max_length`` is cut."""
 
     def __init__(

@@ -34,9 +34,14 @@ class TextEncoder(Backbone):
         """The transformers configuration."""
         return base_model(self.encoder).config
 
+    def tokens(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        """Token ids and mask (B, T), right padded, to last hidden states (B, T, D) and a bool mask (B, T)."""
+        states: Tensor = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        return states, attention_mask.bool()
+
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:  # type: ignore[override]
         """Token ids and mask (B, T), right padded, to features (B, D)."""
-        states: Tensor = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        states, _ = self.tokens(input_ids, attention_mask)
         if self.pooling == "cls":
             return states[:, 0]
         mask = attention_mask.unsqueeze(-1).to(states.dtype)

@@ -38,6 +38,8 @@ def load(
         return _load_causal_lm(found, config, generator, device, say)
     if is_image_backbone(found):
         return _load_vision(found, config, num_classes, input_shape, generator, say)
+    if input_shape is not None and len(input_shape) == 3:
+        return _load_vision_encoder(found, config, num_classes, input_shape, generator, say)
     return _load_encoder(found, config, num_classes, generator, say)
 
 
@@ -128,6 +130,28 @@ def _load_encoder(
     backbone = TextEncoder(module, config.pooling)
     net = ClassifierNet(backbone, num_classes, generator, frozen=config.freeze_backbone)
     return Classifier(config, net, provenance, tokenizer=load_tokenizer(directory, config.name))
+
+
+def _load_vision_encoder(
+    found: Resolved,
+    config: ModelConfig,
+    num_classes: int,
+    input_shape: tuple[int, ...],
+    generator: torch.Generator,
+    say: Say,
+) -> Model:
+    from transformers import AutoModel
+
+    from clkit.models.classifier import Classifier, ClassifierNet
+    from clkit.models.vision_encoder import VisionEncoder, read_preprocessor
+
+    directory, public, provenance = locate(found, say)
+    module = pretrained(AutoModel, directory, config.name, torch.float32, generator, unused=("pooler.",))
+    backbone = VisionEncoder(
+        prepare(module, config, generator, None, public), config.pooling, read_preprocessor(directory)
+    )
+    net = ClassifierNet(backbone, num_classes, generator, frozen=config.freeze_backbone)
+    return Classifier(config, net, provenance, input_shape=input_shape)
 
 
 def _load_vision(

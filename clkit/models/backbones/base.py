@@ -34,6 +34,14 @@ class Backbone(nn.Module):
         """(B, ...) floating point to features (B, D)."""
         raise NotImplementedError
 
+    def tokens(self, *args: Tensor, **inputs: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The vectors that are pooled into features: (B, T, D), and a mask (B, T) of the real ones (None: all are).
+
+        Raises:
+            ModelError: this backbone has no tokens.
+        """
+        raise ModelError(f"{type(self).__name__} gives one vector per example and no tokens; take another encoder.")
+
 
 def image_channels(name: str, input_shape: tuple[int, ...] | None) -> int:
     """The number of channels of an image backbone's input.

@@ -1,0 +1,208 @@
+"""The discrete key-value bottleneck: a frozen encoder, frozen keys, and values that change only where they are read."""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from clkit.config import TrainConfig
+from clkit.errors import CapabilityError, ConfigError, DataError, Problem
+from clkit.loader import Pool
+from clkit.models.backbones.base import Backbone
+from clkit.models.classifier import Classifier, ClassifierNet
+from clkit.resolve import validate
+from clkit.strategies.dkvb.bottleneck import Bottleneck
+from clkit.strategies.dkvb.config import DKVBConfig
+from clkit.strategies.dkvb.keys import place_keys
+from clkit.strategies.dkvb.network import BottleneckNet, PairEncodings
+from clkit.strategy import Capabilities, Losses, RunContext, Strategy
+from clkit.tasks import build_tasks
+from clkit.tasks.base import Task
+from clkit.tasks.batch import Batch, Encoded
+
+_ENCODE = 64  # examples whose vectors are computed at once where they are not cached
+
+
+class DKVB(Strategy):
+    """Träuble et al. 2023 (arXiv 2207.11240); README.md has equations, defaults and deviations.
+
+    Features and the pairs that an example selects never change once the keys are placed, so a batch is made of pairs:
+    a training step reads rows of a table and adds to them.
+    """
+
+    config_class = DKVBConfig
+    capabilities = Capabilities(kinds=frozenset({"classification"}))
+
+    @classmethod
+    def check(cls, config: DKVBConfig) -> list[Problem]:
+        """Options that exclude each other, and the tasks that place the keys."""
+        problems = []
+        if config.top_k > config.pairs:
+            what = f"out of range (got {config.top_k}, expected at most the {config.pairs} pairs of a head)"
+            problems.append(Problem("strategy.top_k", what))
+        if config.tokens and config.replay.size:
+            problems.append(Problem("strategy.replay.size", "does not go together with tokens; set it to 0"))
+        if config.compat and config.key_start == "kmeans":
+            problems.append(Problem("strategy.key_start", "compat starts from normal draws; remove kmeans, or compat"))
+        if (config.key_data == "tasks") != bool(config.key_tasks):
+            what = "must be 'tasks' to use key_tasks" if config.key_tasks else "needs a source in key_tasks"
+            problems.append(Problem("strategy.key_data", f"{what} (got '{config.key_data}')"))
+        elif config.key_tasks:
+            try:
+                validate({"tasks": dict(config.key_tasks)}, origin="strategy.key_tasks")
+            except ConfigError as error:
+                problems += [Problem("strategy.key_tasks", p.what) for p in error.problems]
+        return problems
+
+    # --- set-up -----------------------------------------------------------------------------------------------------
+    def setup(self, run: RunContext) -> None:
+        """Put the bottleneck in the place of the classifier's head.
+
+        Raises:
+            CapabilityError: the model is no classifier with a backbone, is to be adapted, or has no tokens.
+            ConfigError: slices do not fit the features.
+        """
+        super().setup(run)
+        model, net, config = run.model, run.model.module, self.config
+        if not isinstance(model, Classifier) or not isinstance(net, ClassifierNet):
+            raise CapabilityError(
+                f"Strategy 'dkvb' needs a backbone with a head, and '{model.name}' is a {type(net).__name__}; name a "
+                "model in the configuration, or give features as vectors to model 'identity'."
+            )
+        if model.config.lora.r:
+            raise CapabilityError("Strategy 'dkvb' freezes the encoder; set model.lora.r to 0.")
+        if config.tokens and type(net.backbone).tokens is Backbone.tokens:
+            raise CapabilityError(
+                f"strategy.tokens: '{model.name}' gives one vector per example and no tokens; set it to false"
+            )
+        width = net.backbone.out_features
+        if config.split == "chunk" and width != config.heads * config.key_dim:
+            raise ConfigError(
+                f"strategy.key_dim: {config.heads} heads of {config.key_dim} make {config.heads * config.key_dim} "
+                f"(expected {width}, the features of '{model.name}'); choose heads and key_dim to fit, or split=random"
+            )
+        head = Bottleneck(config, width, model.num_classes, run.config.seed)
+        self._model, self.head = model, head
+        self._net = model.module = BottleneckNet(net.backbone, head).to(run.engine.device)
+        self._trained = {name for name, _ in model.module.named_parameters() if name.startswith("head.")}
+        run.encodings = PairEncodings(model, run.tasks, run.cache, carry=config.compat)
+        if head.values.requires_grad:
+            _warn_of_drift(run.config.train)
+
+    # --- keys -------------------------------------------------------------------------------------------------------
+    def begin_task(self, task: Task) -> None:
+        """Place the keys before anything is learned; later tasks find them placed."""
+        if not self.head.placed:
+            self.head.place(place_keys(self._key_queries(), self.config, self.run.streams["dkvb keys"]))
+
+    def _key_queries(self) -> Tensor:
+        """(N, C, k) of at most ``key_limit`` unlabelled vectors, drawn at random."""
+        pool = Pool(self._key_sets())
+        order = torch.randperm(len(pool), generator=self.run.streams["dkvb keys"])
+        found: list[Tensor] = []
+        left = self.config.key_limit
+        with torch.no_grad(), self.run.engine.autocast():
+            for part in torch.split(order, _ENCODE):
+                inputs = pool.batch(part).to(self.run.engine.device).inputs
+                found.append(self.head.queries(self._net.vectors(**inputs)[0])[:left])
+                left -= len(found[-1])
+                if not left:
+                    break
+        if not found:
+            raise DataError("strategy.key_data: there are no inputs to place the keys with")
+        return torch.cat(found)
+
+    def _key_sets(self) -> list[Encoded]:
+        run, config = self.run, self.config
+        if config.key_data == "tasks":
+            plugin = validate({"tasks": dict(config.key_tasks)}, origin="strategy.key_tasks").tasks
+            tasks = build_tasks(plugin.name, plugin.config, run.config.seed)
+            return [run.encodings.encode(task.train) for task in tasks]
+        stages = range(len(run.tasks)) if config.key_data == "all" else self.training_set(run.position.stage)
+        return [run.encodings.train(i) for i in stages]
+
+    # --- one task ---------------------------------------------------------------------------------------------------
+    def train_loader(self, task: Task) -> Iterator[Batch]:
+        """Batches of pairs. What a batch reads is recorded as it leaves, so the state is exact at every step.
+
+        Votes are counted in the first epoch; there is nothing to do in a second.
+        """
+        votes, position = self.config.decoder == "votes", self.run.position
+        batches: Iterable[Batch] = super().train_loader(task)
+        if votes:
+            batches = itertools.islice(batches, max(0, self._epoch_steps() - position.step))
+        for batch in batches:
+            pairs = batch.inputs["pairs"].to(self.head.keys.device)
+            if not self._published_mask():
+                self.head.record(pairs)
+            if votes:
+                new = slice(None) if batch.replayed is None else ~batch.replayed
+                self.head.vote(pairs[new], batch.labels[new].to(pairs.device))
+            yield batch
+
+    def loss(self, batch: Batch) -> Losses:
+        """Cross entropy over all classes. Votes have no gradient; their loss is only logged."""
+        logits = self._net(**batch.inputs, masked=self._published_mask())
+        loss = F.cross_entropy(logits.float(), batch.labels, label_smoothing=self.config.label_smoothing)
+        return {"cross_entropy": loss}
+
+    def _epoch_steps(self) -> int:
+        run = self.run
+        count = sum(len(run.tasks[i].train) for i in self.training_set(run.position.stage))
+        return -(-count // run.config.train.batch_size)
+
+    def _published_mask(self) -> bool:
+        """Whether this step is one that the published code takes with the usage mask on and without counting."""
+        position = self.run.position
+        return self.config.compat and position.stage > 0 and position.step < self._epoch_steps()
+
+    # --- growing, and what stays ------------------------------------------------------------------------------------
+    def adapt(self, num_classes: int) -> None:
+        """Grow the label space to ``num_classes``, between tasks; what was learned stays exactly as it is.
+
+        Raises:
+            ConfigError: fewer classes than there are.
+        """
+        if num_classes < self.head.num_classes:
+            raise ConfigError(
+                f"num_classes: got {num_classes}, expected at least the {self.head.num_classes} classes that there are"
+            )
+        self.head.adapt(num_classes)
+        self._model.num_classes = num_classes
+
+    @classmethod
+    def rebuild(cls, net: ClassifierNet, description: Mapping[str, Any]) -> BottleneckNet:
+        """The network of an export."""
+        config = DKVBConfig(**description["options"])
+        head = Bottleneck(config, net.backbone.out_features, description["num_classes"], description["seed"])
+        return BottleneckNet(net.backbone, head)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The buffer and the size of the label space; keys, values and counters are tensors of the module."""
+        return {**super().state_dict(), "num_classes": self.head.num_classes}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Inverse of :meth:`state_dict`."""
+        super().load_state_dict(state)
+        self.adapt(state["num_classes"])
+
+
+def _warn_of_drift(train: TrainConfig) -> None:
+    """Say when values would change that no example of a batch reads."""
+    causes = {"optimizer": train.optimizer if train.optimizer != "sgd" else None}
+    causes["momentum"] = f"{train.momentum}" if train.optimizer == "sgd" and train.momentum else None
+    causes["weight_decay"] = f"{train.weight_decay}" if train.weight_decay else None
+    found = ", ".join(f"train.{name}={value}" for name, value in causes.items() if value)
+    if found:
+        warnings.warn(
+            f"{found}: changes values that the batch does not read, so that earlier tasks are forgotten sooner. Local "
+            "updates need train.optimizer=sgd, train.momentum=0 and train.weight_decay=0.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
