@@ -72,6 +72,7 @@ class RunResult:
                 "tasks": self.tasks,
                 "holdout": self.holdout,
                 **_columns(self.scores),
+                "further": list(self.further),
                 "snippet": self.snippet,
             },
         )
@@ -95,7 +96,7 @@ class RunResult:
                 f"{run_dir}: no finished run here (found: {state}). Run the same command again to finish it."
             )
         fields = _matrix(saved, directory.path)
-        further = _further(directory.read("further.json"), directory.path, fields["matrix"].shape)
+        further = _further(directory.read("further.json"), directory.path, fields["matrix"].shape, saved.get("further"))
         return cls(run_dir=directory.path, metrics=_metrics(metrics, directory.path), further=further, **fields)
 
     def summary(self) -> str:
@@ -199,14 +200,15 @@ def _matrix(saved: Any, run_dir: Path) -> dict[str, Any]:
     return {**names, **rest, **_read_columns(saved, file, shape)}
 
 
-def _further(saved: Any, run_dir: Path, shape: tuple[int, ...]) -> dict[str, Scores]:
-    """The checked content of ``further.json``; empty where there is none."""
-    if saved is None:
-        return {}
+def _further(saved: Any, run_dir: Path, shape: tuple[int, ...], expected: Any) -> dict[str, Scores]:
+    """The checked content of ``further.json``, which holds the matrices that ``matrix.json`` names."""
+    file = run_dir / "further.json"
     tables = saved.get("matrices") if isinstance(saved, dict) else None
-    if not isinstance(tables, dict):
-        raise _damaged(run_dir / "further.json", "it has no matrices")
-    return {name: Scores(**_read_columns(table, run_dir / "further.json", shape)) for name, table in tables.items()}
+    if not expected:
+        return {}
+    if not isinstance(tables, dict) or list(tables) != expected:
+        raise _damaged(file, f"it does not hold the matrices {expected}")
+    return {name: Scores(**_read_columns(table, file, shape)) for name, table in tables.items()}
 
 
 def _metrics(saved: Any, run_dir: Path) -> dict[str, Any]:
@@ -220,8 +222,10 @@ def _metrics(saved: Any, run_dir: Path) -> dict[str, Any]:
 
 
 def _damaged(file: Path, what: str) -> CheckpointError:
+    # A run whose matrix.json is there counts as finished, and nothing is written again.
+    which = "matrix.json" if file.name == "further.json" else "it"
     return CheckpointError(
-        f"{file}: damaged ({what}). Delete it and run the same command again to write it again, "
+        f"{file}: damaged ({what}). Delete {which} and run the same command again to write it again, "
         "restore it from a backup, or start again with --fresh."
     )
 

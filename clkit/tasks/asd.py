@@ -17,11 +17,18 @@ from clkit.tasks.sampling import ranked, stream
 
 STYLES = ("yes-no", "choice", "short", "brief", "detail")
 _EXPLAINED = ("brief", "detail")
+# Native style -> what is made of it by rule.
+_RULED: dict[str, tuple[str, ...]] = {
+    "choice": ("yes-no", "short"),
+    "yes-no": ("choice",),
+    "short": ("yes-no", "choice"),
+}
 _LETTERS = "ABCD"
 
 Explain = Callable[[TextRecord, str], str | None]
 """(record, "brief" or "detail") -> the answer with an explanation of about 20 or 50 words; None = there is none."""
 
+_CUE = re.compile(r"[^\W\d_]+:")
 _LONE_LETTER = re.compile(r"\(?([A-Za-z])[.):]*")
 _LISTED = re.compile(r"\s*\(?([A-Z])[.):]\s+(\S.*?)\s*")
 # A full stop after one letter ("U.S.", "e.g.", "J. Smith") or a short title ends no sentence.
@@ -95,8 +102,9 @@ def diversify(
     By rule:
 
     - a short answer, or one of yes and no, becomes multiple choice, a short one also yes/no; distractors are the
-      record's other ``options``, else the task's other answers (of one line);
-    - a letter becomes short, or yes/no, where the texts behind the letters are known (:func:`listed_options`).
+      record's other ``options``, else the task's other answers;
+    - a letter becomes short, or yes/no, where the texts behind the letters are known (:func:`listed_options`);
+    - a task with answers of several lines gives nothing: only ``explain`` can convert it.
 
     Half of the yes/no records (of an odd number one more) propose the right answer; options are shuffled. ``explain``
     makes brief and detailed explanations. What can't be made leaves its share to the other styles: where all can be
@@ -112,8 +120,9 @@ def diversify(
         As many records in the same order, and for each new id its ``style`` and ``source_id``.
     """
     native = native_style(records) if records else "short"
-    answers = sorted({r.answer for r in records if "\n" not in r.answer.strip()})
-    ruled = {"choice": ("yes-no", "short"), "yes-no": ("choice",), "short": ("yes-no", "choice")}[native]
+    answers = sorted({r.answer for r in records})
+    one_line = not any("\n" in answer.strip() for answer in answers)
+    ruled = _RULED[native] if one_line else ()
     explained = _EXPLAINED if explain is not None else ()
     styles = (*explained, *ruled)
     total = round(fraction * len(records))
@@ -179,7 +188,7 @@ def _convert(
             request = "Answer with the words of the right option, without its letter."
             return replace(record, prompt=_asked(record, request), answer=right, options=candidates)
     wrong = list({_folded(c): c.strip() for c in candidates if _folded(c) != _folded(right)}.values())
-    if not wrong or "\n" in right:
+    if not wrong:
         return None
     random = stream(seed, f"asd {record.id}")
     distractors = [wrong[i] for i in random.permutation(len(wrong))[: len(_LETTERS) - 1]]
@@ -207,4 +216,7 @@ def _folded(text: str) -> str:
 
 
 def _asked(record: TextRecord, request: str) -> str:
-    return f"{record.prompt.rstrip()}\n{request}"
+    """The prompt with a request below it; a last line such as "Answer:" stays the last."""
+    prompt = record.prompt.rstrip()
+    body, _, cue = prompt.rpartition("\n")
+    return f"{body.rstrip()}\n{request}\n{cue}" if _CUE.fullmatch(cue) and body.strip() else f"{prompt}\n{request}"

@@ -187,8 +187,15 @@ def test_a_result_is_read_back_with_its_further_matrices_and_damage_is_said(text
     saved["matrices"]["exact-match"]["matrix"].pop()
     for content in (saved, [], {"matrices": {"x": {}}}):
         file.write_text(json.dumps(content))
-        with pytest.raises(CheckpointError, match=r"further\.json: damaged"):
+        with pytest.raises(CheckpointError, match=r"further\.json: damaged .*Delete matrix\.json and run"):
             RunResult.load(result.run_dir)
+    file.unlink()
+    with pytest.raises(CheckpointError, match=r"further\.json: damaged \(it does not hold the matrices"):
+        RunResult.load(result.run_dir)
+    (result.run_dir / "matrix.json").unlink()
+    again = api.run(config(text_content, [*BOTH, "perplexity"]))
+    assert json.loads(file.read_text())["matrices"].keys() == result.further.keys() == again.further.keys()
+    np.testing.assert_array_equal(again.further["perplexity"].matrix, result.further["perplexity"].matrix)
 
 
 def test_report_summary_and_comparison_show_them(worded, monkeypatch, tmp_path):

@@ -180,9 +180,9 @@ def test_every_conversion_is_right_whatever_the_task(world):
             assert after is before
             continue
         style = provenance[after.id]["style"]
-        assert provenance[after.id] == {"style": style, "source_id": before.id} and after.prompt.startswith(
-            before.prompt
-        )
+        assert provenance[after.id] == {"style": style, "source_id": before.id}
+        cue = "\nAnswer:" if before.prompt.endswith("\nAnswer:") else ""
+        assert after.prompt.startswith(f"{before.prompt.removesuffix(cue)}\n") and after.prompt.endswith(cue)
         assert convertible(before, style, native, texts, answers)
         seen[style, after.answer if style == "yes-no" else ""] += 1
         truth = before.answer
@@ -232,6 +232,13 @@ def test_styles_that_all_can_be_made_differ_by_one_at_most(count, fraction, seed
 def test_a_smaller_share_converts_some_of_what_a_larger_one_does():
     small, large = (diversify(records(), share, 3)[1] for share in (0.1, 0.4))
     assert {p["source_id"] for p in small.values()} < {p["source_id"] for p in large.values()}
+
+
+def test_a_task_with_answers_of_several_lines_is_converted_by_explanations_only():
+    given = [*records(10), TextRecord("Text?", "World\nand why", "x")]
+    assert diversify(given, 1.0, 0) == (given, {})
+    _, provenance = diversify(given, 0.5, 0, explain)
+    assert {p["style"] for p in provenance.values()} == {"brief", "detail"}
 
 
 # --- explanations and listed options -------------------------------------------------------------------------------
