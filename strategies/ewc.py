@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clkit.config import StrategyConfig, opt
+from clkit.errors import Problem
 from clkit.loader import Pool
 from clkit.modes import evaluating
 from clkit.strategy import RunContext, Strategy, add_gradient
@@ -48,6 +49,15 @@ class EWC(Strategy):
     """
 
     config_class = EWCConfig
+
+    @classmethod
+    def check(cls, config: EWCConfig) -> list[Problem]:
+        """Only `online` forgets."""
+        if config.mode == "separate" and config.decay != EWCConfig.decay:
+            return [
+                Problem("strategy.decay", "with mode=separate every task counts in full; drop it, or take mode=online")
+            ]
+        return []
 
     def setup(self, run: RunContext) -> None:
         """Find the weights; none is held yet."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -49,7 +50,7 @@ class OSF(Strategy):
 
         Raises:
             ModelError: a target module does not exist.
-            CapabilityError: the weights are quantised or in half precision, or no linear layer is adapted.
+            CapabilityError: the weights are quantised, in half precision, tied, or not of a linear layer.
         """
         self.run = run
         module: Any = run.model.module
@@ -62,10 +63,18 @@ class OSF(Strategy):
                 f"{', '.join(sorted(map(str, other)))}; set model.dtype=float32."
             )
         self._wrap(base, stage=0)
-        if not self._layers():
+        layers = self._layers()
+        if not layers:
             raise CapabilityError(
                 f"peft's OSF adapts nn.Linear only, and model '{run.model.name}' has none called "
                 f"{', '.join(run.config.model.lora.target_modules)}."
+            )
+        owners = Counter(id(p) for _, p in run.model.module.named_parameters(remove_duplicate=False))
+        tied = [name for name, layer in layers.items() if owners[id(layer.base_layer.weight)] > 1]
+        if tied:
+            raise CapabilityError(
+                f"OSF decomposes each weight by itself, and that of '{tied[0]}' is shared with another layer; name "
+                "other modules in model.lora.target_modules."
             )
         super().setup(run)
 

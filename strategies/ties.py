@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from clkit.config import StrategyConfig, opt
-from clkit.errors import CapabilityError
+from clkit.errors import CapabilityError, Problem
 from clkit.fresh_lora import require_adapter
 from clkit.models.lora_sum import AdaptedLayer, Factors, updates_from_state, updates_to_state
 from clkit.modes import swapped
@@ -90,6 +90,13 @@ class Ties(Strategy):
 
     config_class = TiesConfig
     capabilities = Capabilities(kinds=frozenset({"text"}), needs_lora=True)
+
+    @classmethod
+    def check(cls, config: TiesConfig) -> list[Problem]:
+        """Only `ties` trims."""
+        if config.method != "ties" and config.density != TiesConfig.density:
+            return [Problem("strategy.density", f"method={config.method} takes every entry; drop one of the two")]
+        return []
 
     def setup(self, run: RunContext) -> None:
         """Find the adapted layers.

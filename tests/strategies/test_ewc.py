@@ -192,3 +192,5 @@ def test_options_out_of_range_are_refused_all_at_once(text_content):
         resolve.validate({**text_content, "strategy": options})
     for key in ("lam", "mode", "decay", "examples", "labels"):
         assert f"strategy.{key}" in str(caught.value)
+    with pytest.raises(ConfigError, match=r"strategy.decay: with mode=separate every task counts in full"):
+        resolve.validate({**text_content, "strategy": {"name": "ewc", "mode": "separate", "decay": 0.5}})

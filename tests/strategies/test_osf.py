@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from stepping import after_tasks, learn, logits, named, trainer_for
+from stepping import after_tasks, injected, learn, logits, named, one_batch, trainer_for
 
 from clkit import build, resolve
 from clkit.checkpoint import pack, unpack
@@ -119,6 +119,21 @@ def test_it_takes_the_place_of_the_lora_adapter(text_content):
     assert not any("lora" in n for n, _ in with_lora.model.module.named_parameters())
 
 
+@pytest.mark.parametrize("rank", [4, 0])
+def test_micro_batches_and_recomputed_activations_give_the_same_gradients(text_content, rank):
+    found = []
+    for checkpointing, micro in ((False, 0), (True, 0), (False, 3)):
+        model = {**text_content["model"], "gradient_checkpointing": checkpointing}
+        model["lora"] = {"r": rank, "target_modules": ["q_proj", "v_proj"]}
+        train = {**text_content["train"], "micro_batch": micro}
+        trainer, _ = after_tasks({**text_content, "model": model, "train": train}, "osf", 0)
+        found.append(injected(trainer, one_batch(trainer)))
+    plain, *others = found
+    assert all(gradient.any() for gradient in plain.values())
+    for other in others:
+        assert all(torch.allclose(other[n], g, rtol=1e-3, atol=1e-6) for n, g in plain.items())
+
+
 def test_what_can_not_work_is_refused_before_training(text_content, tiny_llama):
     lora = {"r": 0, "target_modules": ["q_prj"]}
     trainer, tasks = trainer_for({**text_content, "model": {**text_content["model"], "lora": lora}}, "osf")
@@ -127,6 +142,11 @@ def test_what_can_not_work_is_refused_before_training(text_content, tiny_llama):
     model = {**text_content["model"], "dtype": "bfloat16"}
     trainer, tasks = trainer_for({**text_content, "model": model}, "osf")
     with pytest.raises(CapabilityError, match=r"bfloat16; set model.dtype=float32"):
+        trainer.prepare(tasks)
+    trainer, tasks = trainer_for(text_content, "osf")
+    first, second = (m for n, m in trainer.model.module.named_modules() if n.endswith("q_proj"))
+    second.base_layer.weight = first.base_layer.weight
+    with pytest.raises(CapabilityError, match=r"q_proj' is shared with another layer"):
         trainer.prepare(tasks)
     from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 

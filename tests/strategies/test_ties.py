@@ -85,7 +85,7 @@ def served(trainer, batch=None):
 
 @pytest.mark.parametrize("method", ["ties", "magmax", "task-arithmetic"])
 def test_the_base_plus_the_scaled_merged_updates_serves(text_content, method):
-    trainer, _ = after_tasks(text_content, "ties", 2, method=method, density=0.3, scaling=0.7)
+    trainer, _ = after_tasks(text_content, "ties", 2, method=method, scaling=0.7)
     updates = trainer.strategy.state_dict()["updates"]
     assert len(updates) == 2
     before = {n: p.detach().clone() for n, p in trainer.model.module.named_parameters()}
@@ -95,7 +95,7 @@ def test_the_base_plus_the_scaled_merged_updates_serves(text_content, method):
         deltas = torch.stack([u[name]["B"] @ u[name]["A"] for u in updates])
         assert all(delta.any() for delta in deltas)
         weight = reference.model.module.get_submodule(name).base_layer.weight
-        weight.data += 0.7 * merge(deltas, method, 0.3)
+        weight.data += 0.7 * merge(deltas, method, 0.2)
     reference.model.module.eval()
     assert torch.allclose(ours, logits(reference, one_batch(trainer)), atol=1e-5)
     for n, p in trainer.model.module.named_parameters():
@@ -186,5 +186,7 @@ def test_options_out_of_range_are_refused_all_at_once(text_content):
         resolve.validate({**text_content, "strategy": options})
     for key in ("method", "density", "scaling", "start"):
         assert f"strategy.{key}" in str(caught.value)
+    with pytest.raises(ConfigError, match=r"strategy.density: method=magmax takes every entry"):
+        resolve.validate({**text_content, "strategy": {"name": "ties", "method": "magmax", "density": 0.5}})
     with pytest.raises(ConfigError, match="needs a LoRA adapter"):
         resolve.validate({**text_content, "model": {**text_content["model"], "lora": {"r": 0}}, "strategy": "ties"})
