@@ -1,4 +1,4 @@
-"""What replay and I-LoRA cost in plain LoRA steps, and their peak memory, interleaved in one process.
+"""What replay and I-LoRA cost in plain LoRA steps, and their peak memory.
 
     python experiments/benchmarks/ilora_cost.py --rounds 15
     python experiments/benchmarks/ilora_cost.py --model llama.gguf --length 512 --device cuda
@@ -6,22 +6,19 @@
 One step each, in rotating order: ``plain`` (b new rows), ``replay`` (b new and b replayed rows in one batch), ``ilora``
 (the same and the consistency of all layers), ``last`` (of the last layer only), ``published`` (the forward of the
 published code: two fast passes and a slow one, output layer at every position, all hidden states kept). A ratio is the
-median over rounds of step / plain step of the same round. Peak memory is that of one step above what is held between
-steps: of the allocator on a GPU, of the process on Linux with glibc (VmHWM).
+median over rounds of step / plain step of the same round, with the quartiles, in CPU time of the process and in wall
+time. Peak memory is that of one step above what is held between steps, in a fresh process for each kind of step: of the
+allocator on a GPU, of the process on Linux with glibc (VmHWM).
 """
 
 from __future__ import annotations
 
 import argparse
-import ctypes
-import gc
-import os
 import statistics
-import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
+from measuring import alone, in_turn, machine, peak_of, ratios, summary
 from torch import Tensor
 
 from clkit.config import (
@@ -44,6 +41,8 @@ from clkit.strategy import Losses, Strategy
 from clkit.tasks.base import Task, TaskSequence, TextExamples, TextRecord
 from clkit.tasks.batch import Batch, Encoded
 from clkit.trainer import SequentialTrainer
+
+BUDGETS = {"replay": 1.9, "ilora": 2.3}  # in plain steps
 
 
 class Tokens(Encoded):
@@ -98,52 +97,21 @@ def make_step(model: Model, strategy: Strategy, batch: Batch, config: RunConfig,
     return step
 
 
-def peak_bytes(step: Callable[[], None]) -> int:
-    """Largest memory during one step above that before it; 0 where it can't be told."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        step()
-        return torch.cuda.max_memory_allocated() - before
-    reset = Path("/proc/self/clear_refs")
-    if not reset.exists():
-        return 0
-    ctypes.CDLL(None).malloc_trim(0)  # else freed memory still counts as held
-    reset.write_text("5")  # the process's high-water mark becomes what it holds now
-    before = _status("VmRSS")
-    step()
-    return _status("VmHWM") - before
-
-
-def _status(key: str) -> int:
-    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    return 1024 * int(next(line for line in lines if line.startswith(key)).split()[1])
-
-
-def main() -> None:
-    """Parse the arguments, time, measure memory, print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--dtype", default="auto", help="auto = bfloat16 where the hardware is fast at it")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--rows", type=int, default=4, help="new rows per step (default 4)")
-    parser.add_argument("--length", type=int, default=128, help="tokens per row (default 128)")
-    parser.add_argument("--answer", type=int, default=8, help="targets per row (default 8)")
-    parser.add_argument("--rank", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
+def build(arguments: argparse.Namespace) -> tuple[Model, dict[str, ILoRA | Strategy], dict[str, Callable[[], None]]]:
+    """The model, the strategies and one step of each; all train the same adapter."""
     config = RunConfig(
         train=TrainConfig(batch_size=arguments.rows, learning_rate=1e-4),
         eval=EvalConfig(initial=False),
         checkpoint=CheckpointConfig(every_steps=0),
         tracking=TrackingConfig(progress=False),
     )
-    lora = LoraConfig(r=arguments.rank)
-    model_config = ModelConfig(name=arguments.model, dtype=arguments.dtype, lora=lora)
-    model = load_model(model_config, generator=torch.Generator().manual_seed(0), say=print)
+    model_config = ModelConfig(
+        name=arguments.model,
+        dtype=arguments.dtype,
+        lora=LoraConfig(r=arguments.rank),
+        gradient_checkpointing=arguments.checkpointing,
+    )
+    model = load_model(model_config, generator=torch.Generator().manual_seed(0), say=lambda text: None)
     source = Tokens(2 * arguments.rows, arguments.length, arguments.answer, 40_000)
     joint = source.batch(torch.arange(2 * arguments.rows))
     joint.replayed = torch.arange(len(joint)) >= arguments.rows
@@ -161,26 +129,63 @@ def main() -> None:
         name: make_step(model, strategy, new if name == "plain" else joint, config, arguments.device)
         for name, strategy in strategies.items()
     }
-    names = list(steps)
-    for step in steps.values():
-        step()
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    for index in range(arguments.rounds):
-        for name in names[index % len(names) :] + names[: index % len(names)]:
-            since = time.perf_counter()
-            steps[name]()
-            seconds[name].append(time.perf_counter() - since)
+    return model, strategies, steps
+
+
+def report_memory(arguments: argparse.Namespace, model: Model, shadow: int) -> None:
+    """Peak of each kind of step above rest, each in a fresh process."""
+    width, blocks = model.module.config.hidden_size, model.module.config.num_hidden_layers
+    size = torch.finfo(next(p.dtype for n, p in model.module.named_parameters() if "lora" not in n)).bits // 8
+    layer = arguments.rows * arguments.length * width * size / 2**20
+    print(
+        f"shadow {shadow / 2**20:.1f} MiB, held between steps; "
+        f"hidden states of the replayed tokens: {layer:.2f} MiB a layer, {blocks * layer:.1f} MiB in {blocks} layers"
+    )
+    options = [f"--{k}={v}" for k, v in vars(arguments).items() if k not in ("peak", "checkpointing")]
+    options += ["--checkpointing"] if arguments.checkpointing else []
+    peaks = {name: alone([*options, f"--peak={name}"]) for name in ("plain", "replay", "last", "ilora", "published")}
+    for name, peak in peaks.items():
+        print(f"{name:10} peak {peak:7.1f} MiB above rest, {peak - peaks['replay']:+7.1f} against replay", flush=True)
+
+
+def main() -> None:
+    """Parse the arguments, time, measure memory, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--dtype", default="auto", help="auto = bfloat16 where the hardware is fast at it")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--rows", type=int, default=4, help="new rows per step (default 4)")
+    parser.add_argument("--length", type=int, default=64, help="tokens per row (default 64)")
+    parser.add_argument("--answer", type=int, default=8, help="targets per row (default 8)")
+    parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing")
+    parser.add_argument("--peak", default="", help="only measure the memory of this kind of step")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    model, strategies, steps = build(arguments)
+    if arguments.peak:
+        steps[arguments.peak]()
+        print(peak_of(steps[arguments.peak]))
+        return
     dtype = next(p.dtype for n, p in model.module.named_parameters() if "lora" not in n)
-    print(f"{arguments.model}, {dtype}, {arguments.rows} x {arguments.length} tokens, {arguments.rounds} rounds")
-    for name in names:
-        ratios = sorted(a / b for a, b in zip(seconds[name], seconds["plain"], strict=True))
-        peak = peak_bytes(steps[name])
+    print(
+        f"{arguments.model}, {dtype}, r = {arguments.rank}, {arguments.rows} x {arguments.length} tokens, "
+        f"{arguments.rounds} rounds, {machine()}",
+        flush=True,
+    )
+    times = in_turn(steps, arguments.rounds)
+    for name in steps:
+        found = {clock: summary(ratios(times, clock, name, "plain")) for clock in times}
         print(
-            f"{name:10} {statistics.median(seconds[name]):.3f} s, {statistics.median(ratios):.2f} plain steps "
-            f"(quartiles {ratios[len(ratios) // 4]:.2f} to {ratios[3 * len(ratios) // 4]:.2f}), "
-            f"peak {peak / 2**20:.0f} MiB above rest",
+            f"{name:10} in plain steps: CPU time {found['CPU']}, wall {found['wall']}; "
+            f"{statistics.median(times['CPU'][name]):.2f} s CPU, {statistics.median(times['wall'][name]):.2f} s wall"
+            + (f"; budget {BUDGETS[name]}" if name in BUDGETS else ""),
             flush=True,
         )
+    kept = strategies["ilora"].slow.values()  # type: ignore[union-attr]
+    report_memory(arguments, model, sum(t.numel() * t.element_size() for t in kept))
 
 
 if __name__ == "__main__":

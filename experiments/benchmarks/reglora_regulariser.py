@@ -1,14 +1,18 @@
 """What RegLoRA's regulariser costs: sparse against the published dense expression, and in a step of SmolLM2.
 
-    OMP_NUM_THREADS=1 python experiments/benchmarks/reglora_regulariser.py matrix
-    python experiments/benchmarks/reglora_regulariser.py step
+    OMP_NUM_THREADS=1 python experiments/benchmarks/reglora_regulariser.py
+    OMP_NUM_THREADS=1 python experiments/benchmarks/reglora_regulariser.py matrix --rounds 15
 
-``matrix``: loss and gradients at 4096 x 4096, 2 % of the entries protected, float32, r in 8, 32, 128; rounds of both in
-alternating order in one process, the ratio is the median over rounds of dense / sparse. Peak memory above the inputs is
-that of one fresh process per variant. Then the size of stored masks after one and seven tasks.
+``matrix``: loss and gradients at 4096 x 4096, 2 % of the entries protected, float32, r in 8, 32, 128, dense / sparse;
+peak memory above the inputs, a fresh process per variant; size of stored masks after one and seven tasks.
 
 ``step``: SmolLM2-135M, LoRA on all linear layers, 4 sequences of 64 tokens, float32: a plain LoRA step against the same
-step with the injected regulariser and with the published expression in the loss.
+step with the injected regulariser and with the published expression in the loss; at r = 16, at r = 128, and at r = 16
+with seven earlier tasks.
+
+Every ratio is the median over rounds of two times of the same round, with the quartiles, in CPU time of the process and
+in wall time. Beside the step stands what the regulariser alone took in it, step / (step - regulariser), which two noisy
+steps do not enter, and a second plain step over the first, which shows how noisy they are.
 """
 
 from __future__ import annotations
@@ -16,13 +20,9 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
-import subprocess
-import sys
-import time
-from collections.abc import Callable
-from pathlib import Path
 
 import torch
+from measuring import CLOCKS, alone, in_turn, machine, peak_of, ratios, summary
 from torch import Tensor
 
 from clkit.config import LoraConfig, ModelConfig
@@ -33,6 +33,8 @@ from clkit.strategies.reglora.masks import extend, stored_bytes
 from clkit.strategies.reglora.sparse import Mask, penalty
 
 SIDE, FRACTION = 4096, 0.02
+FASTER = {8: 15, 32: "none", 128: 10}  # rank: how many times the dense expression must take
+STEP = {(16, 1): 1.05, (128, 1): 1.15, (16, 7): 1.15}  # rank, earlier tasks: most plain steps a step may cost
 
 
 def factors(rank: int, seed: int, side: int = SIDE) -> tuple[Tensor, Tensor]:
@@ -49,24 +51,6 @@ def dense(B: Tensor, A: Tensor, rows: Tensor, cols: Tensor) -> tuple[Tensor, Ten
     return loss.detach(), d_b, d_a
 
 
-def seconds(work: Callable[[], object]) -> float:
-    """One timed call."""
-    since = time.perf_counter()
-    work()
-    return time.perf_counter() - since
-
-
-def alternate(variants: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Time all variants in each round, in alternating order; the first round warms up and is dropped."""
-    times: dict[str, list[float]] = {name: [] for name in variants}
-    for index in range(rounds + 1):
-        for name in list(variants) if index % 2 else reversed(list(variants)):
-            taken = seconds(variants[name])
-            if index:
-                times[name].append(taken)
-    return times
-
-
 def problem(rank: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Factors of the current task and the entries that one earlier task protects, in row-major order."""
     rows, cols = top_entries(*factors(rank, 1), FRACTION)
@@ -76,22 +60,21 @@ def problem(rank: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 def matrix(rounds: int) -> None:
     """One 4096 x 4096 matrix."""
-    print(
-        f"{SIDE} x {SIDE}, {FRACTION:.0%} protected, {torch.get_num_threads()} thread(s), load {os.getloadavg()[0]:.1f}"
-    )
+    print(f"{SIDE} x {SIDE}, {FRACTION:.0%} protected, {rounds} rounds, {machine()}", flush=True)
     for rank in (8, 32, 128):
         B, A, rows, cols = problem(rank)
         mask = Mask.of((rows, cols), (SIDE, SIDE))
         for ours, theirs in zip(penalty(B, A, mask), dense(B, A, rows, cols), strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-6)
-        times = alternate({"dense": lambda: dense(B, A, rows, cols), "sparse": lambda: penalty(B, A, mask)}, rounds)  # noqa: B023
-        ratio = statistics.median(d / s for d, s in zip(times["dense"], times["sparse"], strict=True))
-        peaks = {name: peak(name, rank) for name in times}
+        times = in_turn({"dense": lambda: dense(B, A, rows, cols), "sparse": lambda: penalty(B, A, mask)}, rounds)  # noqa: B023
+        spent = {name: statistics.median(taken) * 1e3 for name, taken in times["CPU"].items()}
+        peaks = {name: alone(["peak", f"--variant={name}", f"--rank={rank}"]) for name in spent}
         print(
-            f"r={rank:<4} dense {1e3 * statistics.median(times['dense']):7.1f} ms"
-            f"  sparse {1e3 * statistics.median(times['sparse']):6.1f} ms  ratio {ratio:5.1f}"
-            f"  peak above inputs: dense {peaks['dense']:6.1f} MiB, sparse {peaks['sparse']:5.1f} MiB"
-            f"  share {peaks['sparse'] / peaks['dense']:.3f}",
+            f"r={rank:<4} dense {spent['dense']:.1f} ms CPU, sparse {spent['sparse']:.1f}; dense / sparse: "
+            f"CPU time {summary(ratios(times, 'CPU', 'dense', 'sparse'), 1)}, "
+            f"wall {summary(ratios(times, 'wall', 'dense', 'sparse'), 1)}, budget {FASTER[rank]}; "
+            f"peak {peaks['dense']:.1f} and {peaks['sparse']:.1f} MiB, share {peaks['sparse'] / peaks['dense']:.3f}, "
+            f"budget 0.2",
             flush=True,
         )
     mask, listed = None, 0
@@ -100,13 +83,8 @@ def matrix(rounds: int) -> None:
         mask, listed = extend(mask, rows, cols, (SIDE, SIDE), "concat"), listed + len(rows)
         if task in (0, 6):
             size = stored_bytes(mask)
-            print(f"stored after {task + 1} task(s): {size / 2**20:.1f} MiB, {size / (16 * listed):.3f} of int64 pairs")
-
-
-def peak(variant: str, rank: int) -> float:
-    """Peak resident memory (MiB) that a fresh process needs above its inputs."""
-    command = [sys.executable, __file__, "peak", "--variant", variant, "--rank", str(rank)]
-    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+            share = size / (16 * listed)
+            print(f"stored after {task + 1} task(s): {size / 2**20:.1f} MiB, {share:.3f} of int64 pairs, budget 0.333")
 
 
 def measure_peak(variant: str, rank: int) -> None:
@@ -119,26 +97,14 @@ def measure_peak(variant: str, rank: int) -> None:
     rows, cols = flat // SIDE, flat % SIDE
     mask = Mask.of((rows, cols), (SIDE, SIDE))
     mask.pattern.transpose(torch.zeros(len(rows)))  # made once per task and kept; not part of a step
-    Path("/proc/self/clear_refs").write_text("5")  # what came before left a peak of its own
-    before = resident("VmRSS")
-    if variant == "sparse":
-        penalty(B, A, mask)
-    else:
-        dense(B, A, rows, cols)
-    print(resident("VmHWM") - before)
-
-
-def resident(key: str) -> float:
-    """Resident memory now (VmRSS) or at its highest (VmHWM), in MiB."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith(key)).split()[1]) / 1024
+    print(peak_of(lambda: penalty(B, A, mask) if variant == "sparse" else dense(B, A, rows, cols)))
 
 
 def step(rounds: int, rank: int, tasks: int) -> None:
     """Steps of SmolLM2 with and without the regulariser."""
     lora = LoraConfig(r=rank, alpha=2.0 * rank)
     generator = torch.Generator().manual_seed(0)
-    model = load_model(ModelConfig(lora=lora, dtype="float32"), generator=generator, say=print)
+    model = load_model(ModelConfig(lora=lora, dtype="float32"), generator=generator, say=lambda text: None)
     layers = adapted_layers(model.module)
     masks: dict[str, Mask] = {}
     for name, layer in layers.items():
@@ -153,6 +119,8 @@ def step(rounds: int, rank: int, tasks: int) -> None:
     optimizer = torch.optim.AdamW(parameters, lr=1e-4)
     ids = torch.randint(0, 40_000, (4, 64), generator=generator)
 
+    inside: dict[str, list[float]] = {clock: [] for clock in CLOCKS}
+
     def take(regulariser: str) -> None:
         loss = model.module(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids, use_cache=False).loss
         if regulariser == "dense":
@@ -160,24 +128,31 @@ def step(rounds: int, rank: int, tasks: int) -> None:
                 loss = loss + 2500 / len(layers) * (layer.B @ layer.A)[lists[name]].abs().mean()
         loss.backward()
         if regulariser == "sparse":
+            since = {clock: now() for clock, now in CLOCKS.items()}
             for name, layer in layers.items():
                 _, d_b, d_a = penalty(layer.B, layer.A, masks[name])
                 layer.B.grad.add_(d_b, alpha=2500 / len(layers))
                 layer.A.grad.add_(d_a, alpha=2500 / len(layers))
+            for clock, now in CLOCKS.items():
+                inside[clock].append(now() - since[clock])
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    times = alternate({name: lambda name=name: take(name) for name in ("plain", "sparse", "dense")}, rounds)  # type: ignore[misc]
-    ratios = {
-        name: statistics.median(x / p for x, p in zip(times[name], times["plain"], strict=True))
-        for name in ("sparse", "dense")
-    }
+    times = in_turn({name: lambda name=name: take(name) for name in ("plain", "sparse", "dense", "again")}, rounds)  # type: ignore[misc]
     print(
-        f"SmolLM2 r={rank}, {tasks} earlier task(s), {torch.get_num_threads()} thread(s), "
-        f"load {os.getloadavg()[0]:.1f}: "
-        f"plain {statistics.median(times['plain']):.3f} s, sparse {ratios['sparse']:.3f}x, dense {ratios['dense']:.3f}x"
+        f"SmolLM2 r={rank}, {tasks} earlier task(s), {rounds} rounds, {machine()}; "
+        f"plain step {statistics.median(times['CPU']['plain']):.2f} s CPU"
     )
+    for clock, taken in times.items():
+        own = [t / (t - r) for t, r in zip(taken["sparse"], inside[clock][1:], strict=True)]
+        print(
+            f"  {clock:4} RegLoRA step {summary(ratios(times, clock, 'sparse', 'plain'), 3)}, "
+            f"by its regulariser alone {summary(own, 3)}, budget {STEP.get((rank, tasks), 'none')}; "
+            f"published expression {summary(ratios(times, clock, 'dense', 'plain'), 3)}; "
+            f"a second plain step {summary(ratios(times, clock, 'again', 'plain'), 3)}",
+            flush=True,
+        )
 
 
 def published_list(mask: Mask) -> tuple[Tensor, Tensor]:
@@ -190,19 +165,20 @@ def published_list(mask: Mask) -> tuple[Tensor, Tensor]:
 def main() -> None:
     """Parse the arguments and run one part."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("which", choices=("matrix", "step", "peak"), help="peak is what matrix starts itself")
+    parser.add_argument("which", nargs="?", default="all", choices=("all", "matrix", "step", "peak"))
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--rank", type=int, default=0, help="with --tasks: only this step")
     parser.add_argument("--tasks", type=int, default=1, help="earlier tasks whose masks are in force (step)")
-    parser.add_argument("--variant", choices=("dense", "sparse"), default="sparse")
+    parser.add_argument("--variant", choices=("dense", "sparse"), default="sparse", help="of peak")
     arguments = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)))
-    if arguments.which == "matrix":
-        matrix(arguments.rounds)
-    elif arguments.which == "peak":
+    if arguments.which == "peak":  # what matrix starts itself
         measure_peak(arguments.variant, arguments.rank)
-    else:
-        step(arguments.rounds, arguments.rank, arguments.tasks)
+    if arguments.which in ("all", "matrix"):
+        matrix(arguments.rounds)
+    if arguments.which in ("all", "step"):
+        for rank, tasks in [(arguments.rank, arguments.tasks)] if arguments.rank else STEP:
+            step(arguments.rounds, rank, tasks)
 
 
 if __name__ == "__main__":
