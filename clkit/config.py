@@ -68,7 +68,15 @@ class ReplayConfig:
     """Rehearsal of earlier tasks' examples; works under every strategy."""
 
     size: int = opt(0, "examples in the buffer; 0 = no rehearsal", min=0)
-    policy: str = opt("reservoir", "which examples are kept", choices=("reservoir", "class-balanced", "ring"))
+    policy: str = opt(
+        "reservoir", "which examples are kept", choices=("reservoir", "class-balanced", "ring", "herding")
+    )
+    mix: str = opt(
+        "auto",
+        "batch: draw `ratio` examples beside each new one; auto: with herding shuffle all exemplars in with the new "
+        "examples of a task, else as batch",
+        choices=("auto", "batch"),
+    )
     ratio: float = opt(1.0, "replayed examples per new example in a batch", above=0, max=16)
 
 

@@ -94,6 +94,7 @@ class Classifier(Model):
     """
 
     kinds: ClassVar[frozenset[Kind]] = frozenset({"classification"})
+    has_features: ClassVar[bool] = True
     module: ClassifierNet
 
     def __init__(
@@ -151,6 +152,10 @@ class Classifier(Model):
         """(B, num_classes)."""
         scores: Tensor = self.module(**batch.inputs)
         return scores
+
+    def features(self, batch: Batch) -> Tensor:
+        """(B, D) what the head reads."""
+        return self.module.features(**batch.inputs)
 
     def loss(self, batch: Batch, logits: Tensor | None = None) -> Tensor:
         """Mean cross entropy over the rows, in float32."""
