@@ -146,6 +146,10 @@ def check(config: RunConfig, tasks: TaskSequence, capabilities: Any) -> Engine:
         _check_size(config.model, tasks)
     except ModelError as error:
         errors.append(error)
+    shape = input_shape(tasks)
+    if config.train.augment != "none" and (shape is None or len(shape) != 3):
+        got = "texts" if shape is None else f"inputs of shape {shape}"
+        errors.append(CapabilityError(f"train.augment: '{config.train.augment}' needs images, and these are {got}"))
     try:
         engine = make_engine(config.engine)
     except ClkitError as error:

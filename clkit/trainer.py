@@ -10,6 +10,7 @@ The whole loop, top to bottom::
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import shutil
 import time
@@ -40,6 +41,7 @@ from clkit.rng import Streams
 from clkit.rundir import RunDirectory
 from clkit.signals import Interrupted, stop_on_signal
 from clkit.strategy import Position, RunContext, Strategy, TaskLoop
+from clkit.tasks.augment import augment
 from clkit.tasks.base import Task, TaskSequence
 from clkit.tasks.batch import Batch
 
@@ -183,7 +185,7 @@ class SequentialTrainer:
         shares = self._shares(parts) if len(parts) > 1 else [{}]
         sums: dict[str, torch.Tensor] = {}
         for part, share in zip(parts, shares, strict=True):
-            part = part.to(engine.device)
+            part = self._augmented(part.to(engine.device))
             with engine.autocast():
                 terms = strategy.loss(part)
                 if share:
@@ -205,6 +207,13 @@ class SequentialTrainer:
         self.position.total_steps += 1
         strategy.after_step()
         return sums
+
+    def _augmented(self, batch: Batch) -> Batch:
+        kind = self.config.train.augment
+        if kind == "none":
+            return batch
+        images = augment(batch.inputs["x"], kind, self.run.streams["augment"])
+        return dataclasses.replace(batch, inputs={**batch.inputs, "x": images})
 
     def _shares(self, parts: list[Batch]) -> list[dict[str, float]]:
         """Each micro-batch's part of every loss term, so that the sum is the mean over the whole batch."""

@@ -19,7 +19,7 @@ from clkit.models.base import Model
 from clkit.models.encoded_examples import EncodedSentences, EncodedTensors
 from clkit.models.encoder import TextEncoder
 from clkit.models.noise import routed
-from clkit.models.precision import DTYPES
+from clkit.models.precision import DTYPES, at_least_float32
 from clkit.models.seeding import seeded
 from clkit.tasks.base import Examples, Kind, LabelledExamples
 from clkit.tasks.batch import Batch, Encoded
@@ -44,9 +44,10 @@ class ClassifierNet(nn.Module):
         super().__init__()
         self.backbone = backbone
         with seeded(generator):
-            self.head = nn.Linear(backbone.out_features, num_classes)
-        nn.init.kaiming_uniform_(self.head.weight, nonlinearity="linear", generator=generator)
-        nn.init.zeros_(self.head.bias)
+            head = nn.Linear(backbone.out_features, num_classes)
+        nn.init.kaiming_uniform_(head.weight, nonlinearity="linear", generator=generator)
+        nn.init.zeros_(head.bias)
+        self.head: Any = head  # a module with `out_features`, which a method may replace
         self.frozen = frozen
         if frozen:
             backbone.requires_grad_(False)
@@ -64,10 +65,14 @@ class ClassifierNet(nn.Module):
             self.backbone.eval()
         return self
 
+    def scaled(self, x: Tensor) -> Tensor:
+        """What the backbone reads: uint8 images scaled and normalised, anything else as it is."""
+        return x * self.scale + self.shift if x.dtype == torch.uint8 else x
+
     def features(self, x: Tensor | None = None, **tokens: Tensor) -> Tensor:
         """The backbone's output (B, D); uint8 images are scaled and normalised first."""
-        if x is not None and x.dtype == torch.uint8:
-            x = x * self.scale + self.shift
+        if x is not None:
+            x = self.scaled(x)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
             out: Tensor = self.backbone(**tokens) if x is None else self.backbone(x)
         return out
@@ -158,13 +163,15 @@ class Classifier(Model):
         return self.module.features(**batch.inputs)
 
     def loss(self, batch: Batch, logits: Tensor | None = None) -> Tensor:
-        """Mean cross entropy over the rows, in float32."""
+        """Mean cross entropy over the rows, in float32 (float64 for a module in float64)."""
         scores = self.module(**batch.inputs) if logits is None else logits
-        return F.cross_entropy(scores.float(), batch.labels)
+        return F.cross_entropy(at_least_float32(scores), batch.labels)
 
     def export(self, directory: Path) -> str:
         """Write weights, configuration and (for texts) the tokenizer; return the snippet that loads them."""
         from safetensors.torch import save_model
+
+        from clkit.models.expandable import structure_of
 
         directory.mkdir(parents=True, exist_ok=True)
         save_model(self.module, str(directory / "model.safetensors"))
@@ -179,6 +186,8 @@ class Classifier(Model):
             "input_shape": self.input_shape,
             "model": asdict(self.config),
         }
+        if (structure := structure_of(self.module)) is not None:
+            content["structure"] = structure
         (directory / "config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         inputs = "x)  # (B, ...)"
         if self.tokenizer is not None:
@@ -195,6 +204,8 @@ def load_classifier(directory: Path) -> Classifier:
     from safetensors import SafetensorError
     from safetensors.torch import load_model
 
+    from clkit.models.expandable import restructure
+
     try:
         content = json.loads((directory / "config.json").read_text(encoding="utf-8"))
         if content.get("format") != FORMAT:
@@ -203,6 +214,8 @@ def load_classifier(directory: Path) -> Classifier:
         config = ModelConfig(**{**saved, "lora": LoraConfig(**saved["lora"])})
         shape = content["input_shape"]
         model = _rebuild(directory, config, content["num_classes"], None if shape is None else tuple(shape))
+        if "structure" in content:
+            restructure(model.module, content["structure"])
         load_model(model.module, directory / "model.safetensors")
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         reason = str(error).partition("\n")[0]
