@@ -14,7 +14,6 @@ from clkit.config import EvalConfig, ModelConfig, Plugin, RunConfig
 from clkit.engine import ENGINES
 from clkit.errors import CapabilityError, ClkitError, ConfigError, DataError, ModelError, Problem
 from clkit.evaluation import SCORERS
-from clkit.loader import steps_in_stage
 from clkit.models import load_model, wrap
 from clkit.models.resolve import resolve
 from clkit.registry import STRATEGIES
@@ -119,8 +118,7 @@ def stage_steps(config: RunConfig, tasks: TaskSequence) -> list[int]:
     """Optimiser steps of each stage, by what the strategy trains on there; 0 for a stage that it skips."""
     strategy = make_strategy(config.strategy)
     strategy.run = cast(Any, SimpleNamespace(tasks=tasks, config=config))
-    stages = [strategy.training_set(stage) for stage in range(len(tasks))]
-    return [steps_in_stage(sum(len(tasks[i].train) for i in s), config.train) if s else 0 for s in stages]
+    return [strategy.stage_steps(stage) for stage in range(len(tasks))]
 
 
 def check(config: RunConfig, tasks: TaskSequence, capabilities: Any) -> Engine:
@@ -148,6 +146,17 @@ def check(config: RunConfig, tasks: TaskSequence, capabilities: Any) -> Engine:
         _check_size(config.model, tasks)
     except ModelError as error:
         errors.append(error)
+    shape = input_shape(tasks)
+    if config.train.augment != "none" and (shape is None or len(shape) != 3):
+        got = "texts" if shape is None else f"inputs of shape {shape}"
+        errors.append(CapabilityError(f"train.augment: '{config.train.augment}' needs images, and these are {got}"))
+    elif config.train.augment != "none" and config.model.freeze_backbone:
+        errors.append(
+            CapabilityError(
+                "train.augment: features of a frozen backbone (model.freeze_backbone) are computed once, from images "
+                "as they are; drop one"
+            )
+        )
     try:
         engine = make_engine(config.engine)
     except ClkitError as error:

@@ -68,7 +68,15 @@ class ReplayConfig:
     """Rehearsal of earlier tasks' examples; works under every strategy."""
 
     size: int = opt(0, "examples in the buffer; 0 = no rehearsal", min=0)
-    policy: str = opt("reservoir", "which examples are kept", choices=("reservoir", "class-balanced", "ring"))
+    policy: str = opt(
+        "reservoir", "which examples are kept", choices=("reservoir", "class-balanced", "ring", "herding")
+    )
+    mix: str = opt(
+        "auto",
+        "batch: draw `ratio` examples beside each new one; auto: with herding shuffle all exemplars in with the new "
+        "examples of a task, else as batch",
+        choices=("auto", "batch"),
+    )
     ratio: float = opt(1.0, "replayed examples per new example in a batch", above=0, max=16)
 
 
@@ -92,11 +100,20 @@ class TrainConfig:
     weight_decay: float = opt(0.0, "weight decay (decoupled for adamw)", min=0)
     momentum: float = opt(0.9, "momentum of sgd", min=0, max=1)
     betas: list[float] = opt([0.9, 0.999], "moment decay of adam and adamw")
-    schedule: str = opt("constant", "learning rate after the warm-up", choices=("constant", "linear", "cosine"))
+    schedule: str = opt(
+        "constant", "learning rate after the warm-up", choices=("constant", "linear", "cosine", "milestones")
+    )
+    milestones: list[float] = opt([0.3, 0.6, 0.85], "parts of the steps at which `schedule: milestones` decays", min=0)
+    decay: float = opt(0.1, "what the learning rate is multiplied with at each milestone", above=0, max=1)
     warmup: float = opt(0.0, "part of the steps in which the learning rate rises linearly from 0", min=0, max=1)
     schedule_scope: str = opt("task", "restart the schedule with each task, or run it once", choices=("task", "run"))
     reset_optimizer: bool = opt(True, "forget the optimiser's moments at each new task")
     clip: float = opt(1.0, "largest norm of the gradient; 0 = no clipping", min=0)
+    augment: str = opt(
+        "none",
+        "random changes of training images, new in every epoch",
+        choices=("none", "crop-flip", "crop-flip-brightness"),
+    )
     group_by_length: bool = opt(True, "put examples of similar length into one batch")
 
 

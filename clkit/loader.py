@@ -13,7 +13,7 @@ from torch import Tensor
 from clkit.cache import RowCache
 from clkit.config import TrainConfig
 from clkit.errors import DataError, Problem
-from clkit.memory import Buffer
+from clkit.memory import Buffer, Ref
 from clkit.models.base import Model
 from clkit.rng import fresh_generator
 from clkit.tasks.base import Examples, LabelledExamples, Task, TaskSequence, TextExamples
@@ -75,17 +75,21 @@ class Encodings:
     def classes(self, index: int) -> Tensor:
         """(N,) the class of each training example, for class-balanced buffers; the task's index without classes."""
         if index not in self._classes:
-            examples = self._tasks[index].train
-            if isinstance(examples, LabelledExamples):
-                self._classes[index] = examples.labels
-            elif isinstance(examples, TextExamples) and all(r.label is not None for r in examples.records):
-                names = sorted({f"{r.label}" for r in examples.records})
-                # Classes of different tasks are different; 2**20 leaves room for a million classes per task.
-                labels = [names.index(f"{r.label}") + (index << 20) for r in examples.records]
-                self._classes[index] = torch.tensor(labels, dtype=torch.long)
-            else:
-                self._classes[index] = torch.full((len(examples),), index << 20, dtype=torch.long)
+            self._classes[index] = training_classes(self._tasks[index], index)
         return self._classes[index]
+
+
+def training_classes(task: Task, index: int) -> Tensor:
+    """(N,) the class of each training example of the task at ``index``; the same for all where there are none."""
+    examples = task.train
+    if isinstance(examples, LabelledExamples):
+        return examples.labels
+    # Classes of different tasks are different; 2**20 leaves room for a million classes per task.
+    if isinstance(examples, TextExamples) and all(r.label is not None for r in examples.records):
+        names = sorted({f"{r.label}" for r in examples.records})
+        labels = [names.index(f"{r.label}") + (index << 20) for r in examples.records]
+        return torch.tensor(labels, dtype=torch.long)
+    return torch.full((len(examples),), index << 20, dtype=torch.long)
 
 
 class Pool(Encoded):
@@ -174,7 +178,11 @@ class StepLoader:
     The order of an epoch is a function of (seed, stage, epoch), so a position is enough to resume. Rehearsed examples
     are drawn before the new ones of the same step enter the buffer, and every new example is offered to the buffer
     once, in the first epoch. Nothing is drawn ahead of the step that is asked for, so buffer and generators are exact
-    at every step.
+    at every step. With ``union`` the buffer's examples are part of the epoch instead, and nothing is drawn.
+
+    Attributes:
+        source: where batches are cut from; may be replaced by something with the same positions.
+        positions: (N,) positions in ``source`` of the examples of one epoch, the new ones first.
     """
 
     def __init__(
@@ -190,6 +198,7 @@ class StepLoader:
         ratio: float,
         draws: torch.Generator,
         keeps: torch.Generator,
+        union: bool = False,
     ) -> None:
         self._encodings = encodings
         self._tasks = list(tasks)
@@ -198,23 +207,30 @@ class StepLoader:
         self._buffer, self._ratio = buffer, ratio
         self._draws, self._keeps = draws, keeps
         self._new = Pool([encodings.train(t) for t in self._tasks])
+        self._union = union and buffer is not None
+        self._lookup: dict[int, int] = {}
+        self.source: Encoded = self._new
+        self.positions = torch.arange(len(self._new))
+        if buffer is not None:
+            past = [t for t in range(stage) if t not in self._tasks]
+            pool = Pool([*self._new.parts, *(encodings.train(t) for t in past)])
+            self._lookup = {t: int(pool.offsets[p]) for p, t in enumerate([*self._tasks, *past])}
+            self.source = pool
+            if self._union:
+                self.positions = torch.cat([self.positions, self._places(buffer.refs)])
+        self._lengths = self.source.lengths if train.group_by_length else None
 
     def __len__(self) -> int:
-        return steps_in_stage(len(self._new), self._train) - self._start
+        return steps_in_stage(len(self.positions), self._train) - self._start
 
     def _order(self, epoch: int) -> list[Tensor]:
-        lengths = self._new.lengths if self._train.group_by_length else None
+        lengths = None if self._lengths is None else self._lengths[self.positions.numpy()]
         generator = fresh_generator(self._seed, "order", self._stage, epoch)
-        return epoch_order(len(self._new), self._train.batch_size, generator, lengths)
+        return epoch_order(len(self.positions), self._train.batch_size, generator, lengths)
 
     def __iter__(self) -> Iterator[Batch]:
-        total = steps_in_stage(len(self._new), self._train)
-        per_epoch = -(-len(self._new) // self._train.batch_size)
-        source, lookup = self._new, {}
-        if self._buffer is not None:
-            past = [t for t in range(self._stage) if t not in self._tasks]
-            source = Pool([*self._new.parts, *(self._encodings.train(t) for t in past)])
-            lookup = {t: int(source.offsets[p]) for p, t in enumerate([*self._tasks, *past])}
+        total = steps_in_stage(len(self.positions), self._train)
+        per_epoch = -(-len(self.positions) // self._train.batch_size)
         epoch, order = -1, []
         for step in range(self._start, total):
             if step // per_epoch != epoch:
@@ -222,22 +238,34 @@ class StepLoader:
                 order = self._order(epoch)
             new = order[step % per_epoch]
             if self._buffer is None:
-                yield source.batch(new)
+                yield self.source.batch(new)
                 continue
-            old = self._draw(self._buffer, len(new), lookup)
-            batch = source.batch(torch.cat([new, old]) if len(old) else new)
+            if self._union:
+                batch = self.source.batch(self.positions[new])
+                if len(self.positions) > len(self._new):
+                    batch.replayed = new >= len(self._new)
+                yield batch
+                continue
+            old = self._draw(self._buffer, len(new))
+            batch = self.source.batch(torch.cat([new, old]) if len(old) else new)
             if len(old):
                 batch.replayed = torch.arange(len(batch)) >= len(new)
-            if epoch == 0:
+            if epoch == 0 and not self._buffer.by_features:
                 self._offer(self._buffer, new)
             yield batch
 
-    def _draw(self, buffer: Buffer, count: int, lookup: dict[int, int]) -> Tensor:
+    def _draw(self, buffer: Buffer, count: int) -> Tensor:
         """Positions in the pool of rehearsed examples of *earlier* stages."""
         if self._stage == 0 or not len(buffer):
             return torch.empty(0, dtype=torch.long)
-        refs = buffer.sample(round(count * self._ratio), self._draws, exclude_tasks=frozenset(self._tasks))
-        return torch.tensor([lookup[r.task] + r.index for r in refs], dtype=torch.long)
+        return self._places(
+            buffer.sample(round(count * self._ratio), self._draws, exclude_tasks=frozenset(self._tasks))
+        )
+
+    def _places(self, refs: Sequence[Ref]) -> Tensor:
+        """Positions in the pool; records of this stage's own tasks are there already."""
+        kept = [self._lookup[r.task] + r.index for r in refs if r.task not in self._tasks]
+        return torch.tensor(kept, dtype=torch.long)
 
     def _offer(self, buffer: Buffer, new: Tensor) -> None:
         part = np.searchsorted(self._new.offsets, new.numpy(), side="right") - 1

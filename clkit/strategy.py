@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -15,11 +16,13 @@ from torch import Tensor, nn
 
 from clkit.cache import RowCache
 from clkit.checkpoint import tensor_dict
-from clkit.config import RunConfig, StrategyConfig
+from clkit.config import RunConfig, StrategyConfig, TrainConfig
 from clkit.engine.base import Engine
 from clkit.errors import CapabilityError, CheckpointError, Problem
-from clkit.loader import Encodings, Pool, StepLoader
-from clkit.memory import Buffer, make_buffer
+from clkit.evaluation.features import extract
+from clkit.loader import Encodings, Pool, StepLoader, steps_in_stage, training_classes
+from clkit.memory import Buffer, HerdingBuffer, Ref, make_buffer
+from clkit.memory.herding import group_name, held_after
 from clkit.models.base import Model
 from clkit.rng import Streams
 from clkit.tasks.base import Kind, Task, TaskSequence
@@ -118,10 +121,19 @@ class Strategy(ABC):
 
     # --- set-up -----------------------------------------------------------------------------------------------------
     def setup(self, run: RunContext) -> None:
-        """Attach adapters, build heads, declare what is trained. Called once per process, also before a resume."""
+        """Attach adapters, build heads, declare what is trained. Called once per process, also before a resume.
+
+        Raises:
+            CapabilityError: the buffer chooses by features, and the model has none.
+        """
         self.run = run
-        if self.config.replay.size:
-            self.buffer = make_buffer(self.config.replay.policy, self.config.replay.size)
+        if size := self.exemplar_limit(0):
+            self.buffer = make_buffer(self.config.replay.policy, size)
+            if self.buffer.by_features and not run.model.has_features:
+                raise CapabilityError(
+                    f"strategy.replay.policy: '{self.buffer.policy}' chooses by features, and model '{run.model.name}' "
+                    "has none; take reservoir or class-balanced"
+                )
         self._trained = {name for name, p in run.model.module.named_parameters() if p.requires_grad}
 
     def parameters(self) -> list[nn.Parameter]:
@@ -133,22 +145,57 @@ class Strategy(ABC):
         """Which tasks' examples are new at ``stage``; an empty answer skips the stage, its row of R stays empty."""
         return [stage]
 
+    def train_config(self, stage: int) -> TrainConfig:
+        """How ``stage`` is trained: epochs, schedule, weight decay. Micro-batches and the optimiser stay the run's."""
+        return self.run.config.train
+
+    def exemplar_limit(self, stage: int) -> int:
+        """How many examples the buffer may hold from the end of ``stage`` on."""
+        return int(self.config.replay.size)
+
+    def stage_steps(self, stage: int) -> int:
+        """Optimiser steps of ``stage``; asked for before a run too, when only tasks and configuration are known."""
+        new = sum(len(self.run.tasks[t].train) for t in self.training_set(stage))
+        return steps_in_stage(new + self._shuffled_in(stage), self.train_config(stage)) if new else 0
+
+    @property
+    def _union(self) -> bool:
+        """Whether exemplars are part of the epochs: only where they stay the same while a task is learned."""
+        replay = self.config.replay
+        return bool(replay.policy == HerdingBuffer.policy and replay.mix == "auto")
+
+    def _shuffled_in(self, stage: int) -> int:
+        """How many exemplars are part of an epoch of ``stage``."""
+        if not self._union or stage == 0:
+            return 0
+        counts: Counter[str] = Counter()
+        for task in sorted({t for s in range(stage) for t in self.training_set(s)} - {*self.training_set(stage)}):
+            labels = training_classes(self.run.tasks[task], task).tolist()
+            counts.update(group_name(task, label) for label in sorted(labels))
+        return held_after(counts, self.exemplar_limit(stage - 1))
+
     def begin_task(self, task: Task) -> None:
         """A new task comes. Not called again when a run resumes within the task: what it did must be in the state."""
 
     def train_loader(self, task: Task) -> Iterable[Batch]:
         """Batches, one per optimiser step, from the current position on; rehearsal is mixed in here."""
+        return self.step_loader()
+
+    def step_loader(self) -> StepLoader:
+        """The default loader of the current stage."""
+        stage = self.run.position.stage
         return StepLoader(
             self.run.encodings,
-            self.training_set(self.run.position.stage),
-            self.run.config.train,
+            self.training_set(stage),
+            self.train_config(stage),
             seed=self.run.config.seed,
-            stage=self.run.position.stage,
+            stage=stage,
             start=self.run.position.step,
             buffer=self.buffer,
             ratio=self.config.replay.ratio,
             draws=self.run.streams["replay draw"],
             keeps=self.run.streams["replay keep"],
+            union=self._union,
         )
 
     def train_task(self, task: Task, loop: TaskLoop) -> None:
@@ -175,6 +222,17 @@ class Strategy(ABC):
 
     def end_task(self, task: Task) -> None:
         """The task is learned; its examples can still be read."""
+
+    def select_exemplars(self) -> None:
+        """Let a buffer that chooses by features take the stage's records; called after :meth:`end_task`."""
+        if not isinstance(self.buffer, HerdingBuffer):
+            return
+        run, stage = self.run, self.run.position.stage
+        for t in self.training_set(stage):
+            encoded, classes = run.encodings.train(t), run.encodings.classes(t).tolist()
+            refs = [Ref(t, i, c, id) for i, (c, id) in enumerate(zip(classes, encoded.ids, strict=True))]
+            features = extract(run.model, encoded, run.config.eval.batch_size)
+            self.buffer.select(refs, features, self.exemplar_limit(stage))
 
     # --- what serves ------------------------------------------------------------------------------------------------
     @contextlib.contextmanager

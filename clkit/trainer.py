@@ -10,6 +10,7 @@ The whole loop, top to bottom::
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import shutil
 import time
@@ -31,7 +32,7 @@ from clkit.engine.local import LocalEngine
 from clkit.errors import NumericalError
 from clkit.evaluation.base import Score, evaluate_all
 from clkit.files import disk_errors
-from clkit.loader import Encodings, split_batch, steps_in_stage
+from clkit.loader import Encodings, split_batch
 from clkit.models.base import Model
 from clkit.progress import Progress
 from clkit.provenance import answer_styles, collect
@@ -42,6 +43,7 @@ from clkit.rundir import RunDirectory
 from clkit.scores import Scores
 from clkit.signals import Interrupted, stop_on_signal
 from clkit.strategy import Position, RunContext, Strategy, TaskLoop
+from clkit.tasks.augment import augment
 from clkit.tasks.base import Task, TaskSequence
 from clkit.tasks.batch import Batch
 
@@ -155,9 +157,9 @@ class SequentialTrainer:
 
     # --- one task ---------------------------------------------------------------------------------------------------
     def _learn(self, task: Task) -> None:
-        position, train = self.position, self.config.train
+        position = self.position
         count = sum(len(self.tasks[i].train) for i in self.strategy.training_set(position.stage))
-        total = steps_in_stage(count, train)
+        total = self.strategy.stage_steps(position.stage)
         if position.step == 0:
             self.strategy.begin_task(task)
             self._start_optimizer(total)
@@ -166,15 +168,13 @@ class SequentialTrainer:
         with self.progress.task(f"[{position.stage + 1}/{len(self.tasks)}] {task.name}", total, position.step) as bar:
             self.strategy.train_task(task, _Loop(self, task, bar))
         self.strategy.end_task(task)
+        self.strategy.select_exemplars()
 
     def _start_optimizer(self, steps: int) -> None:
-        train = self.config.train
+        train = self.strategy.train_config(self.position.stage)
         whole_run = train.schedule_scope == "run"
         if whole_run:
-            counts = [
-                sum(len(self.tasks[i].train) for i in self.strategy.training_set(s)) for s in range(len(self.tasks))
-            ]
-            steps = sum(steps_in_stage(c, train) for c in counts if c)
+            steps = sum(self.strategy.stage_steps(s) for s in range(len(self.tasks)))
         started = self.position.total_steps > 0
         self.engine.start(
             self.strategy.parameters(),
@@ -191,7 +191,7 @@ class SequentialTrainer:
         shares = self._shares(parts) if len(parts) > 1 else [{}]
         sums: dict[str, torch.Tensor] = {}
         for part, share in zip(parts, shares, strict=True):
-            part = part.to(engine.device)
+            part = self._augmented(part.to(engine.device))
             with engine.autocast():
                 terms = strategy.loss(part)
                 if share:
@@ -213,6 +213,13 @@ class SequentialTrainer:
         self.position.total_steps += 1
         strategy.after_step()
         return sums
+
+    def _augmented(self, batch: Batch) -> Batch:
+        kind = self.config.train.augment
+        if kind == "none":
+            return batch
+        images = augment(batch.inputs["x"], kind, self.run.streams["augment"])
+        return dataclasses.replace(batch, inputs={**batch.inputs, "x": images})
 
     def _shares(self, parts: list[Batch]) -> list[dict[str, float]]:
         """Each micro-batch's part of every loss term, so that the sum is the mean over the whole batch."""
@@ -355,7 +362,9 @@ class SequentialTrainer:
         self.strategy.load_state_dict(saved["strategy"])
         self.strategy.load_model_state(saved["model"])
         if saved["engine"] is not None:
-            self.engine.start(self.strategy.parameters(), self.config.train, 1)
+            # Right after a stage the optimiser is still that stage's; its state is only kept for its moments.
+            stage = min(self.position.stage, len(self.tasks) - 1)
+            self.engine.start(self.strategy.parameters(), self.strategy.train_config(stage), 1)
             self.engine.load_state_dict(saved["engine"])
         self.run.streams.load_state_dict(saved["streams"])
         self.progress.say(f"resuming at task {self.position.stage + 1} of {len(self.tasks)}, step {self.position.step}")

@@ -18,17 +18,21 @@ from clkit.errors import CapabilityError
 from clkit.models.base import Model
 
 
-def lr_factor(step: int, total: int, schedule: str, warmup: float) -> float:
+def lr_factor(
+    step: int, total: int, schedule: str, warmup: float, milestones: Sequence[float] = (), decay: float = 1.0
+) -> float:
     """The learning rate of 0-based ``step`` of ``total``, as a fraction of the peak.
 
     Linear rise over ``ceil(warmup * total)`` steps (the first step is not 0), then constant, or linear or half-cosine
-    decay that would reach 0 one step after the last.
+    decay that would reach 0 one step after the last, or times ``decay`` from each milestone (a part of ``total``) on.
     """
     rise = math.ceil(warmup * total)
     if step < rise:
         return (step + 1) / rise
     if schedule == "constant":
         return 1.0
+    if schedule == "milestones":
+        return decay ** sum(step >= round(m * total) for m in milestones)
     done = min(1.0, (step - rise) / max(1, total - rise))
     return 1.0 - done if schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
 
@@ -120,7 +124,9 @@ class LocalEngine(Engine):
             train.schedule == "constant" and self._done > math.ceil(train.warmup * self._total)
         ):
             return
-        rate = train.learning_rate * lr_factor(self._done, self._total, train.schedule, train.warmup)
+        rate = train.learning_rate * lr_factor(
+            self._done, self._total, train.schedule, train.warmup, train.milestones, train.decay
+        )
         for group in self._optimizer.param_groups:
             group["lr"] = rate
 
@@ -141,6 +147,11 @@ class LocalEngine(Engine):
         if self._optimizer is not None:
             fresh = self._optimizer.state_dict()
             self._optimizer.load_state_dict({"state": state["optimizer"], "param_groups": fresh["param_groups"]})
+            for parameter, values in self._optimizer.state.items():
+                # The layout in memory decides how sums are rounded; a checkpoint keeps values only.
+                for name, value in values.items():
+                    if isinstance(value, Tensor) and value.shape == parameter.shape:
+                        values[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
         if self._scaler is not None and state["scaler"]:
             self._scaler.load_state_dict(state["scaler"])
         self._set_rate()

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from clkit.memory.base import Buffer, Ref
 from clkit.memory.reservoir import reservoir_slot
 
 
-class _GroupedBuffer(Buffer):
+def shares(size: int, groups: Sequence[str]) -> dict[str, int]:
+    """Equal parts of ``size``; what does not divide goes to the groups that came first.
+
+    >>> shares(5, ["a", "b", "c"])
+    {'a': 2, 'b': 2, 'c': 1}
+    """
+    share, rest = divmod(size, len(groups)) if groups else (0, 0)
+    return {name: share + (number < rest) for number, name in enumerate(groups)}
+
+
+class GroupedBuffer(Buffer):
     """References by group - a class, or a task without classes -, in the order in which groups and records came."""
 
     def __init__(self, size: int) -> None:
@@ -31,7 +42,7 @@ class _GroupedBuffer(Buffer):
             self._groups[self._group_of(ref)].append(ref)
 
 
-class BalancedBuffer(_GroupedBuffer):
+class BalancedBuffer(GroupedBuffer):
     """Shares as equal as the stream allows, and inside each group a uniform sample of its records.
 
     Class-balancing reservoir sampling (Chrysakis and Moens, 2020): while there is room everything is kept. Then a
@@ -75,7 +86,7 @@ class BalancedBuffer(_GroupedBuffer):
         self._counts, self._full, self._total = dict(extra["counts"]), set(extra["full"]), len(refs)
 
 
-class RingBuffer(_GroupedBuffer):
+class RingBuffer(GroupedBuffer):
     """The newest records of each class of each task: ``size`` over the number of such groups, first in, first out.
 
     What does not divide goes to the groups that came first. When a new group comes, the others give up their oldest
@@ -104,8 +115,7 @@ class RingBuffer(_GroupedBuffer):
             del group[0]
 
     def _share_out(self) -> None:
-        share, rest = divmod(self.size, len(self._groups))
-        self._shares = {name: share + (number < rest) for number, name in enumerate(self._groups)}
+        self._shares = shares(self.size, list(self._groups))
         for name, held in self._groups.items():
             del held[: max(0, len(held) - self._shares[name])]
 

@@ -33,10 +33,12 @@ class Buffer(ABC):
     """At most ``size`` references, chosen by a policy from all that were offered.
 
     Attributes:
+        by_features: records are chosen when a task has been learned, by their features; ``add`` is not called.
         seen: how many different records were offered.
     """
 
     policy: ClassVar[str]
+    by_features: ClassVar[bool] = False
     ref = Ref
 
     def __init__(self, size: int) -> None:
@@ -140,15 +142,17 @@ class Buffer(ABC):
 
 
 def make_buffer(policy: str, size: int) -> Buffer:
-    """An empty buffer of a policy: ``reservoir``, ``class-balanced`` or ``ring``.
+    """An empty buffer of a policy: ``reservoir``, ``class-balanced``, ``ring`` or ``herding``.
 
     Raises:
         ConfigError: the policy is unknown, or the size is not positive.
     """
     from clkit.memory.balanced import BalancedBuffer, RingBuffer
+    from clkit.memory.herding import HerdingBuffer
     from clkit.memory.reservoir import ReservoirBuffer
 
-    kinds: dict[str, type[Buffer]] = {kind.policy: kind for kind in (ReservoirBuffer, BalancedBuffer, RingBuffer)}
+    known = (ReservoirBuffer, BalancedBuffer, RingBuffer, HerdingBuffer)
+    kinds: dict[str, type[Buffer]] = {kind.policy: kind for kind in known}
     if policy not in kinds:
         raise ConfigError(f"Unknown buffer policy '{policy}'.{did_you_mean(policy, kinds)} Known: {', '.join(kinds)}.")
     return kinds[policy](size)

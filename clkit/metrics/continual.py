@@ -121,6 +121,35 @@ def summarize(
     return {**{key: _defined(totals.get(key)) for key in DEFINITIONS}, "per_task": rows}
 
 
+def budget_auc(megabytes: ArrayLike, accuracy_fraction: ArrayLike) -> float:
+    """Area under accuracy over memory, by trapezoids, from the smallest budget to the largest.
+
+    With average incremental accuracy this is AUC-A, with the accuracy after the last task AUC-L (Zhou et al. 2023).
+
+    Args:
+        megabytes: (P,) budgets, P >= 2, all different, in any order.
+        accuracy_fraction: (P,) accuracy under each, in [0, 1].
+
+    Raises:
+        ValueError: fewer than two points, unequal lengths, a budget twice, percentages, or something not measured.
+
+    >>> budget_auc([8.0, 12.0, 16.0], [0.5, 0.6, 0.8])
+    5.0
+    """
+    memory = _numbers(megabytes, "megabytes")
+    if memory.ndim != 1 or len(memory) < 2:
+        raise ValueError(f"`megabytes` must be a list of at least two budgets, got shape {memory.shape}")
+    accuracy = _vector(accuracy_fraction, "accuracy_fraction", len(memory), "budget")
+    order = np.argsort(memory)
+    memory, accuracy = memory[order], accuracy[order]
+    width = np.diff(memory)
+    if not np.isfinite(memory).all() or (width <= 0).any():
+        raise ValueError("`megabytes` must be finite and all different")
+    if not ((accuracy >= 0) & (accuracy <= 1)).all():
+        raise ValueError("`accuracy_fraction` must be in [0, 1]; divide percentages by 100")
+    return float((width * (accuracy[1:] + accuracy[:-1]) / 2).sum())
+
+
 def _totals(S: Array, before: Array | None, alone: Array | None) -> dict[str, float]:
     """The metrics of a matrix in which higher is better; NaN (an unmeasured entry spreads) or no key = undefined."""
     n = len(S)
@@ -176,10 +205,10 @@ def _matrix(R: ArrayLike) -> Array:
     return found
 
 
-def _vector(values: ArrayLike, name: str, n: int) -> Array:
+def _vector(values: ArrayLike, name: str, n: int, of: str = "task") -> Array:
     found = _numbers(values, name)
     if found.shape != (n,):
-        raise ValueError(f"`{name}` must have one score per task, shape ({n},), got shape {found.shape}")
+        raise ValueError(f"`{name}` must have one score per {of}, shape ({n},), got shape {found.shape}")
     return found
 
 

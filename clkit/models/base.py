@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from clkit.cache import RowCache
+from clkit.errors import CapabilityError
 from clkit.tasks.base import Examples, Kind
 from clkit.tasks.batch import Batch, Encoded
 
@@ -23,9 +24,11 @@ class Model(ABC):
         module: the network; a strategy may wrap or replace parts of it.
         provenance: JSON for the run directory: where the weights come from and their SHA-256.
         kinds: the kinds of task it can learn.
+        has_features: whether ``features`` gives something.
     """
 
     kinds: ClassVar[frozenset[Kind]]
+    has_features: ClassVar[bool] = False
 
     def __init__(self, name: str, module: nn.Module, provenance: Mapping[str, Any] | None = None) -> None:
         self.name = name
@@ -56,6 +59,14 @@ class Model(ABC):
     @abstractmethod
     def loss(self, batch: Batch, logits: Tensor | None = None) -> Tensor:
         """Mean cross entropy over the batch's targets, computed in float32."""
+
+    def features(self, batch: Batch) -> Tensor:
+        """One vector per example, what the classification head reads: (B, D).
+
+        Raises:
+            CapabilityError: this kind of model has no such vector.
+        """
+        raise CapabilityError(f"Model '{self.name}' has no features to choose examples by.")
 
     def targets(self, batch: Batch) -> Tensor:
         """What :meth:`logits` predicts: classes (B,), or tokens (B, P) with -100 where a row predicts nothing."""

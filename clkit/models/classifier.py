@@ -22,7 +22,7 @@ from clkit.models.encoded_examples import EncodedLabelled, EncodedSentences, Enc
 from clkit.models.encoder import TextEncoder
 from clkit.models.frozen import feature_recipe, frozen_features
 from clkit.models.noise import routed
-from clkit.models.precision import DTYPES
+from clkit.models.precision import DTYPES, at_least_float32
 from clkit.models.seeding import seeded
 from clkit.models.vision_encoder import VisionEncoder, read_preprocessor
 from clkit.registry import STRATEGIES
@@ -49,9 +49,10 @@ class ClassifierNet(nn.Module):
         super().__init__()
         self.backbone = backbone
         with seeded(generator):
-            self.head = nn.Linear(backbone.out_features, num_classes)
-        nn.init.kaiming_uniform_(self.head.weight, nonlinearity="linear", generator=generator)
-        nn.init.zeros_(self.head.bias)
+            head = nn.Linear(backbone.out_features, num_classes)
+        nn.init.kaiming_uniform_(head.weight, nonlinearity="linear", generator=generator)
+        nn.init.zeros_(head.bias)
+        self.head: Any = head  # a module with `out_features`, which a method may replace
         self.frozen = frozen
         if frozen:
             backbone.requires_grad_(False)
@@ -78,8 +79,10 @@ class ClassifierNet(nn.Module):
         """JSON that says how a strategy changed this network, for :meth:`Strategy.rebuild`; empty when none did."""
         return {}
 
-    def features(self, x: Tensor | None = None, **tokens: Tensor) -> Tensor:
-        """The backbone's output (B, D); uint8 images are scaled and normalised first."""
+    def features(self, x: Tensor | None = None, features: Tensor | None = None, **tokens: Tensor) -> Tensor:
+        """The backbone's output (B, D), or the one computed before; uint8 images are scaled and normalised first."""
+        if features is not None:
+            return features
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
             out: Tensor = self.backbone(**tokens) if x is None else self.backbone(self.scaled(x))
         return out
@@ -90,7 +93,7 @@ class ClassifierNet(nn.Module):
 
     def forward(self, x: Tensor | None = None, features: Tensor | None = None, **tokens: Tensor) -> Tensor:
         """Inputs, or features (B, D) computed before, to logits (B, num_classes)."""
-        logits: Tensor = self.head(self.features(x, **tokens) if features is None else features)
+        logits: Tensor = self.head(self.features(x, features, **tokens))
         return logits
 
 
@@ -110,6 +113,7 @@ class Classifier(Model):
     """
 
     kinds: ClassVar[frozenset[Kind]] = frozenset({"classification"})
+    has_features: ClassVar[bool] = True
     module: ClassifierNet
 
     def __init__(
@@ -179,14 +183,20 @@ class Classifier(Model):
         scores: Tensor = self.module(**batch.inputs)
         return scores
 
+    def features(self, batch: Batch) -> Tensor:
+        """(B, D) what the head reads."""
+        return self.module.features(**batch.inputs)
+
     def loss(self, batch: Batch, logits: Tensor | None = None) -> Tensor:
-        """Mean cross entropy over the rows, in float32."""
+        """Mean cross entropy over the rows, in float32 (float64 for a module in float64)."""
         scores = self.module(**batch.inputs) if logits is None else logits
-        return F.cross_entropy(scores.float(), batch.labels)
+        return F.cross_entropy(at_least_float32(scores), batch.labels)
 
     def export(self, directory: Path) -> str:
         """Write weights, configuration and (for texts) the tokenizer; return the snippet that loads them."""
         from safetensors.torch import save_model
+
+        from clkit.models.expandable import structure_of
 
         directory.mkdir(parents=True, exist_ok=True)
         save_model(self.module, str(directory / "model.safetensors"))
@@ -206,6 +216,8 @@ class Classifier(Model):
             "model": asdict(self.config),
             "network": self.module.description(),
         }
+        if (structure := structure_of(self.module)) is not None:
+            content["structure"] = structure
         (directory / "config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         inputs = "x)  # (B, ...)"
         if self.tokenizer is not None:
@@ -222,6 +234,8 @@ def load_classifier(directory: Path) -> Classifier:
     from safetensors import SafetensorError
     from safetensors.torch import load_model
 
+    from clkit.models.expandable import restructure
+
     try:
         content = json.loads((directory / "config.json").read_text(encoding="utf-8"))
         if content.get("format") != FORMAT:
@@ -232,6 +246,8 @@ def load_classifier(directory: Path) -> Classifier:
         model = _rebuild(directory, config, content["num_classes"], None if shape is None else tuple(shape))
         if network := content.get("network"):
             model.module = STRATEGIES.get(network["strategy"]).rebuild(model.module, network)
+        if "structure" in content:
+            restructure(model.module, content["structure"])
         load_model(model.module, directory / "model.safetensors")
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         reason = str(error).partition("\n")[0]

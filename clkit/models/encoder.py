@@ -28,6 +28,7 @@ class TextEncoder(Backbone):
             name = type(base_model(encoder)).__name__
             raise ModelError(f"{name} is no text encoder: its configuration has no hidden_size.")
         self.out_features = size
+        self.default_cut = next(reversed(list(self.parts())[:-1]), "")
 
     @property
     def config(self) -> Any:
@@ -39,11 +40,60 @@ class TextEncoder(Backbone):
         states: Tensor = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
         return states, attention_mask.bool()
 
+    def parts(self) -> dict[str, nn.Module]:
+        """``embeddings``, ``layer1`` to ``layerN`` and pooling, for encoders built like BERT; empty for others."""
+        base: Any = base_model(self.encoder)
+        layers = getattr(getattr(base, "encoder", None), "layer", None)
+        if layers is None or not hasattr(base, "embeddings"):
+            return {}
+        chain = {f"layer{i}": _Layer(layer) for i, layer in enumerate(layers, start=1)}
+        return {"embeddings": _Embeddings(base.embeddings, self.config), **chain, "pool": _Pool(self.pooling)}
+
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:  # type: ignore[override]
         """Token ids and mask (B, T), right padded, to features (B, D)."""
         states, _ = self.tokens(input_ids, attention_mask)
-        if self.pooling == "cls":
-            return states[:, 0]
-        mask = attention_mask.unsqueeze(-1).to(states.dtype)
-        pooled: Tensor = (states * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
-        return pooled
+        return pool(states, attention_mask, self.pooling)
+
+
+def pool(states: Tensor, mask: Tensor, pooling: str) -> Tensor:
+    """Token vectors (B, T, D) to one (B, D)."""
+    if pooling == "cls":
+        return states[:, 0]
+    weights = mask.unsqueeze(-1).to(states.dtype)
+    pooled: Tensor = (states * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)
+    return pooled
+
+
+class _Embeddings(nn.Module):
+    """Token ids and mask to what the layers pass on: states, mask, and the mask in the form that attention wants."""
+
+    def __init__(self, embeddings: nn.Module, config: Any) -> None:
+        super().__init__()
+        self.embeddings = embeddings
+        self._config = config
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        from transformers.masking_utils import create_bidirectional_mask
+
+        states = self.embeddings(input_ids=input_ids)
+        return states, attention_mask, create_bidirectional_mask(self._config, states, attention_mask)
+
+
+class _Layer(nn.Module):
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, passed: tuple[Tensor, Tensor, Tensor | None]) -> tuple[Tensor, Tensor, Tensor | None]:
+        states, mask, attention = passed
+        out = self.layer(states, attention)
+        return (out if isinstance(out, Tensor) else out[0]), mask, attention
+
+
+class _Pool(nn.Module):
+    def __init__(self, pooling: str) -> None:
+        super().__init__()
+        self.pooling = pooling
+
+    def forward(self, passed: tuple[Tensor, Tensor, Tensor | None]) -> Tensor:
+        return pool(passed[0], passed[1], self.pooling)

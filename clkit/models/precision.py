@@ -80,3 +80,8 @@ def _processor() -> str:
         lines = []
     flags = next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
     return f"{platform.machine()} {content_id(flags)}"
+
+
+def at_least_float32(values: torch.Tensor) -> torch.Tensor:
+    """Half precision widened; float32 and float64 as they are."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))

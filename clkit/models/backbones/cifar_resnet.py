@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clkit.config import ModelConfig
-from clkit.models.backbones.base import Backbone, Normalise, image_channels
+from clkit.models.backbones.base import Backbone, MeanOverPixels, Normalise, image_channels
 
 # CIFAR-100's training set, as the class-incremental literature normalises it.
 CIFAR = Normalise((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761))
@@ -53,6 +53,8 @@ class CifarResNet(Backbone):
     """
 
     out_features = 64
+    default_cut = "stage3"
+    norm_follows_conv = True
 
     def __init__(self, blocks: int, channels: int, generator: torch.Generator) -> None:
         super().__init__()
@@ -61,14 +63,19 @@ class CifarResNet(Backbone):
         self.stage1 = _stage(16, 16, blocks, stride=1)
         self.stage2 = _stage(16, 32, blocks, stride=2)
         self.stage3 = _stage(32, 64, blocks, stride=2)
+        self.pool = MeanOverPixels()
         for m in self.modules():
             if isinstance(m, nn.Conv2d):
                 nn.init.normal_(m.weight, 0.0, math.sqrt(2.0 / (9 * m.out_channels)), generator=generator)
 
+    def parts(self) -> dict[str, nn.Module]:
+        """Stem, stages and pooling."""
+        return dict(self.named_children())
+
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) to (B, 64)."""
-        maps: Tensor = self.stage3(self.stage2(self.stage1(self.stem(x))))
-        return maps.mean(dim=(2, 3))
+        features: Tensor = self.pool(self.stage3(self.stage2(self.stage1(self.stem(x)))))
+        return features
 
 
 def _stage(c_in: int, c_out: int, blocks: int, stride: int) -> nn.Sequential:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from clkit.config import ModelConfig
 from clkit.errors import ModelError
-from clkit.models.backbones.base import Backbone, Normalise, image_channels
+from clkit.models.backbones.base import Backbone, MeanOverPixels, Normalise, image_channels
 
 # (expansion, kernel, stride, channels out, blocks) of each stage; the stem gives 32 channels.
 STAGES = (
@@ -40,6 +40,21 @@ class SameConv2d(nn.Conv2d):
             tall, wide = (max((-(-n // s) - 1) * s + k - n, 0) for n in x.shape[-2:])
             x = F.pad(x, (wide // 2, wide - wide // 2, tall // 2, tall - tall // 2))
         return super().forward(x)
+
+
+def fit(x: Tensor) -> Tensor:
+    """Grey images tripled, small ones enlarged: (B, 1 or 3, H, W) to (B, 3, >= 64, >= 64)."""
+    if x.shape[1] == 1:
+        x = x.expand(-1, 3, -1, -1)
+    if (short := min(x.shape[-2:])) < MIN_PIXELS:
+        size = [round(n * MIN_PIXELS / short) for n in x.shape[-2:]]
+        x = F.interpolate(x, size=size, mode="bilinear", align_corners=False)
+    return x
+
+
+class _Fit(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return fit(x)
 
 
 def _norm(channels: int) -> nn.BatchNorm2d:
@@ -83,6 +98,8 @@ class EfficientNetLite0(Backbone):
     """
 
     out_features = 1280
+    default_cut = "stage7"
+    norm_follows_conv = True
     normalise = Normalise((127 / 255,), (128 / 255,))
 
     def __init__(self, generator: torch.Generator, classes: int | None = None) -> None:
@@ -104,13 +121,22 @@ class EfficientNetLite0(Backbone):
             if isinstance(m, nn.Conv2d):
                 nn.init.kaiming_normal_(m.weight, mode="fan_out", generator=generator)
 
+    def parts(self) -> dict[str, nn.Module]:
+        """``stem``, ``stage1`` to ``stage7``, ``head`` (1280 channels) and pooling."""
+        found: dict[str, nn.Module] = {"stem": nn.Sequential(_Fit(), self._conv_stem, self._bn0, nn.ReLU6())}
+        blocks = list(self._blocks)
+        for i, (*_, count) in enumerate(STAGES, start=1):
+            found[f"stage{i}"] = nn.Sequential(*blocks[:count])
+            del blocks[:count]
+        return {
+            **found,
+            "head": nn.Sequential(self._conv_head, self._bn1, nn.ReLU6()),
+            "pool": MeanOverPixels(),
+        }
+
     def forward(self, x: Tensor) -> Tensor:
         """(B, 1 or 3, H, W) to (B, 1280); grey images are tripled, small ones enlarged to 64 pixels."""
-        if x.shape[1] == 1:
-            x = x.expand(-1, 3, -1, -1)
-        if (short := min(x.shape[-2:])) < MIN_PIXELS:
-            size = [round(n * MIN_PIXELS / short) for n in x.shape[-2:]]
-            x = F.interpolate(x, size=size, mode="bilinear", align_corners=False)
+        x = fit(x)
         x = F.relu6(self._bn0(self._conv_stem(x)))
         for block in self._blocks:
             x = block(x)

@@ -29,9 +29,16 @@ class MLP(Backbone):
         layers = [nn.Linear(a, b) for a, b in pairwise(widths)]
         self.layers = nn.ModuleList(layers)
         self.out_features = widths[-1]
+        self.default_cut = f"layer{len(layers)}"
         for layer in layers:
             nn.init.kaiming_normal_(layer.weight, nonlinearity="relu", generator=generator)
             nn.init.zeros_(layer.bias)
+
+    def parts(self) -> dict[str, nn.Module]:
+        """``layer1``, ``layer2``, ...: the linear layers, each with its ReLU."""
+        chain = [nn.Sequential(layer, nn.ReLU()) for layer in self.layers]
+        chain[0].insert(0, nn.Flatten())
+        return {f"layer{i}": part for i, part in enumerate(chain, start=1)}
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, ...) to (B, hidden[-1])."""

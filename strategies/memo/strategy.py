@@ -1,0 +1,362 @@
+"""MEMO (Zhou, Wang, Ye, Zhan, ICLR 2023): grow the deep blocks only, and count model and exemplars together."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from clkit.config import TrainConfig
+from clkit.errors import CapabilityError, DataError, Problem
+from clkit.evaluation.base import evaluate
+from clkit.evaluation.features import extract
+from clkit.loader import training_classes
+from clkit.memory import Footprint, bytes_per_exemplar, class_mean
+from clkit.models.classifier import Classifier, ClassifierNet
+from clkit.models.expandable import Expandable, expand, grow_head, restructure, structure_of
+from clkit.models.heads import GrowingHead, NearestMeanHead, align_new_rows, fill_linear
+from clkit.models.precision import at_least_float32
+from clkit.strategies.memo.cache import CachedMaps
+from clkit.strategies.memo.config import MemoConfig
+from clkit.strategies.memo.costs import Costs
+from clkit.strategies.memo.folding import folded
+from clkit.strategy import Capabilities, Losses, RunContext, Strategy
+from clkit.tasks.base import Task, TaskSequence
+from clkit.tasks.batch import Batch
+
+
+def auxiliary_targets(rows: Tensor, known: int) -> Tensor:
+    """What the auxiliary head shall say: 0 for every old class, 1, 2, ... for the new ones.
+
+    Args:
+        rows: (B,) the row of each label in the classifier; old classes have the first ``known`` rows.
+        known: how many classes are old.
+
+    >>> auxiliary_targets(torch.tensor([3, 9, 10, 19]), known=10).tolist()
+    [0, 0, 1, 10]
+    """
+    return (rows - known + 1).clamp(min=0)
+
+
+class Memo(Strategy):
+    """Shared shallow blocks and one copy of the deep blocks per task; README.md has equations and deviations.
+
+    The module's structure grows when a task begins. It is part of the state, so that a resume rebuilds it before
+    tensors are loaded. The auxiliary head belongs to the strategy: it is never exported.
+    """
+
+    config_class = MemoConfig
+    capabilities = Capabilities(kinds=frozenset({"classification"}))
+
+    def __init__(self, config: Any = None) -> None:
+        super().__init__(config)
+        self.aux: nn.Linear | None = None
+        self.means: NearestMeanHead | None = None
+        self.costs: Costs | None = None
+        self._stand_ins: list[nn.Module] = []
+
+    @classmethod
+    def check(cls, config: MemoConfig) -> list[Problem]:
+        """Options that contradict each other."""
+        problems = []
+        if config.stop_old_gradient and not config.train_base:
+            problems.append(
+                Problem(
+                    "strategy.stop_old_gradient", "with train_base=false no gradient reaches the shared part; drop one"
+                )
+            )
+        if config.serve == "nearest-mean" and not (config.replay.size or config.budget):
+            problems.append(Problem("strategy.serve", "nearest-mean needs exemplars; set replay.size or budget"))
+        return problems
+
+    # --- set-up -----------------------------------------------------------------------------------------------------
+    def setup(self, run: RunContext) -> None:
+        """Cut the backbone and empty the head.
+
+        Raises:
+            CapabilityError: the model is no classifier that can be grown.
+            ModelError: the backbone can't be cut there.
+            DataError: a task without a class of its own.
+            ConfigError: the budget is smaller than the model.
+        """
+        self.run = run
+        net = self._classifier_net(run)
+        self.new_classes = classes_by_task(run.tasks)
+        backbone = expand(net, self._cut(net))
+        grow_head(net)
+        if self.config.budget:
+            self.costs = self._costs(run, net, backbone)
+            self.costs.check()
+        super().setup(run)
+
+    @staticmethod
+    def _classifier_net(run: RunContext) -> ClassifierNet:
+        if not isinstance(run.model, Classifier):
+            raise CapabilityError(
+                f"Strategy '{run.config.strategy.name}' grows the classifiers that clkit builds; model "
+                f"'{run.model.name}' is a module of your own. Register its backbone under clkit.models."
+            )
+        if run.model.config.freeze_backbone or run.model.config.lora.r:
+            option = "model.freeze_backbone" if run.model.config.freeze_backbone else "model.lora.r"
+            raise CapabilityError(
+                f"{option}: strategy '{run.config.strategy.name}' trains copies of the backbone itself; switch it off."
+            )
+        return run.model.module
+
+    def _cut(self, net: ClassifierNet) -> str:
+        return self.config.cut or net.backbone.default_cut
+
+    def _costs(self, run: RunContext, net: ClassifierNet, backbone: Expandable) -> Costs:
+        cached = 0
+        if self.config.counting == "strict" and not self.config.train_base and self.config.cache:
+            batch = run.encodings.train(0).batch(torch.tensor([0])).to(run.engine.device)
+            maps, _ = self._maps_and_old(batch)
+            cached = maps.nbytes if isinstance(maps, Tensor) else 0
+        return Costs(
+            general=Footprint.of(backbone.general),
+            block=Footprint.of(backbone.blocks[0]),
+            width=backbone.width,
+            classes=[len(new) for new in self.new_classes],
+            per_exemplar=bytes_per_exemplar(task.train for task in run.tasks),
+            cached_per_exemplar=cached,
+            budget=round(self.config.budget * 2**20),
+            counting=self.config.counting,
+            at=self.config.budget_at,
+        )
+
+    @property
+    def net(self) -> ClassifierNet:
+        """The classifier."""
+        net: ClassifierNet = self.run.model.module  # type: ignore[assignment]
+        return net
+
+    @property
+    def backbone(self) -> Expandable:
+        """Its shared part and blocks."""
+        backbone: Expandable = self.net.backbone  # type: ignore[assignment]
+        return backbone
+
+    @property
+    def head(self) -> GrowingHead:
+        """Its linear head."""
+        head: GrowingHead = self.net.head
+        return head
+
+    def parameters(self) -> list[nn.Parameter]:
+        """What is trained of the classifier, and the auxiliary head."""
+        return super().parameters() + ([] if self.aux is None else list(self.aux.parameters()))
+
+    def train_config(self, stage: int) -> TrainConfig:
+        """The run's, with the exceptions of the first task."""
+        train, first = self.run.config.train, self.config.first
+        if stage > 0:
+            return train
+        decay = train.weight_decay if first.weight_decay is None else first.weight_decay
+        return dataclasses.replace(
+            train,
+            epochs=first.epochs or train.epochs,
+            weight_decay=decay,
+            milestones=first.milestones or train.milestones,
+        )
+
+    def exemplar_limit(self, stage: int) -> int:
+        """What the budget leaves, or ``replay.size``; before a run the model's size is not known, so the latter."""
+        return super().exemplar_limit(stage) if self.costs is None else self.costs.exemplars(stage)
+
+    # --- one task ---------------------------------------------------------------------------------------------------
+    def begin_task(self, task: Task) -> None:
+        """Append a block and rows for the new classes; freeze what is old; start a new auxiliary head."""
+        stage, generator = self.run.position.stage, self.run.streams["memo heads"]
+        if stage > 0:
+            self.backbone.grow()
+        new = self.new_classes[stage]
+        self.head.grow(new, self.backbone.out_features, generator, self.config.zero_columns)
+        self.aux = None
+        if stage > 0:
+            self.aux = self._aux_head(len(new))
+            fill_linear(self.aux, generator)
+        self._settle()
+
+    def _aux_head(self, new: int) -> nn.Linear:
+        return nn.utils.skip_init(  # type: ignore[no-any-return, no-untyped-call]
+            nn.Linear, self.backbone.width, new + 1, device=self.run.engine.device
+        )
+
+    def _settle(self) -> None:
+        """Freeze what the number of blocks says is old, and note what the module consists of now."""
+        old = len(self.backbone.blocks) - 1
+        self.backbone.freeze(general=old > 0 and not self.config.train_base, blocks=old)
+        self._stand_ins = []
+        self._trained = {name for name, _ in self.net.named_parameters()}
+
+    def train_loader(self, task: Task) -> Iterable[Batch]:
+        """New examples and exemplars; as cached features where nothing that changes comes before the new block."""
+        loader = self.step_loader()
+        if self._cacheable():
+            source, batch_size = loader.source, self.run.config.eval.batch_size
+            first = self._compute(source.batch(loader.positions[:1]))
+            size = sum(value.nbytes for value in first) * len(loader.positions)
+            if size <= self.config.cache * 2**20:
+                loader.source = CachedMaps(source, loader.positions, self._compute, batch_size)
+        return loader
+
+    def _cacheable(self) -> bool:
+        if self.config.train_base or self.run.position.stage == 0 or self.run.config.train.augment != "none":
+            return False
+        return self.run.model.tokenizer is None  # type: ignore[attr-defined]
+
+    def _compute(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        batch = batch.to(self.run.engine.device)
+        with torch.no_grad(), self.run.engine.autocast():
+            return self._maps_and_old(batch)
+
+    def _maps_and_old(self, batch: Batch) -> tuple[Any, Tensor]:
+        """The shared part's output, and the features of the old blocks (B, width * old)."""
+        inputs = batch.inputs
+        if "maps" in inputs:
+            return inputs["maps"], inputs["old"]
+        x = inputs.get("x")
+        maps = self.backbone.maps(**inputs) if x is None else self.backbone.maps(self.net.scaled(x))
+        return maps, self._old_features(maps, len(batch))
+
+    def _old_features(self, maps: Any, count: int) -> Tensor:
+        blocks = self.backbone.blocks[:-1]
+        if not len(blocks):
+            return self.head.weight.new_empty(count, 0)
+        if not self._stand_ins:
+            self._stand_ins = [folded(block, self.backbone.foldable) for block in blocks]
+        if self.config.stop_old_gradient:
+            with torch.no_grad():
+                return torch.cat([block(maps) for block in self._stand_ins], dim=1)
+        return torch.cat([block(maps) for block in self._stand_ins], dim=1)
+
+    def loss(self, batch: Batch) -> Losses:
+        """Cross entropy over all classes seen; from the second task on also the auxiliary one."""
+        maps, old = self._maps_and_old(batch)
+        new = self.backbone.blocks[-1](maps)
+        logits = self.head(torch.cat([old, new], dim=1))
+        losses = {"cross_entropy": self.run.model.loss(batch, logits)}
+        if self.aux is not None and self.config.alpha_aux:
+            known = len(self.head.classes) - self.aux.out_features + 1
+            targets = auxiliary_targets(self.head.rows_of(batch.labels), known)
+            losses["auxiliary"] = self.config.alpha_aux * F.cross_entropy(at_least_float32(self.aux(new)), targets)
+        return losses
+
+    def end_task(self, task: Task) -> None:
+        """Bring the weights of new classes to the norm of the old ones'."""
+        if self.aux is not None and self.config.align:
+            self.run.log("weight_alignment", align_new_rows(self.head, self.aux.out_features - 1))
+
+    # --- exemplars --------------------------------------------------------------------------------------------------
+    def select_exemplars(self) -> None:
+        """Herding with the network as it is now; then class means, the other classifier's scores, and the memory."""
+        super().select_exemplars()
+        if self.buffer is not None and self.buffer.by_features:
+            self.means = self._class_means()
+            self._score_other()
+        self._log_memory()
+
+    def _class_means(self) -> NearestMeanHead:
+        """A nearest-mean head over the exemplars of every class."""
+        run = self.run
+        rows: dict[int | None, list[tuple[int, int]]] = {}
+        for ref in self.buffer.refs if self.buffer is not None else ():
+            rows.setdefault(ref.label, []).append((ref.task, ref.index))
+        head = NearestMeanHead(self.head.out_features, self.backbone.out_features)
+        size = run.config.eval.batch_size
+        for label, places in rows.items():
+            found = [
+                extract(run.model, run.encodings.train(t), size, torch.tensor([i for u, i in places if u == t]))
+                for t in sorted({t for t, _ in places})
+            ]
+            head.set(int(label or 0), class_mean(torch.cat(found)))
+        return head.to(run.engine.device)
+
+    def _score_other(self) -> None:
+        run = self.run
+        name = "nearest-mean" if self.config.serve == "linear" else "linear"
+        with self._serving(name):
+            for task in run.tasks[: run.position.stage + 1]:
+                encoded = run.encodings.eval(task)
+                score = evaluate(
+                    run.model, task, encoded, metric=task.metric, options=run.config.eval, group=run.engine.group
+                )
+                run.log(f"{name}/{task.name}", score.value)
+
+    def _log_memory(self) -> None:
+        """What model and exemplars occupy now, and would with the model as it is after the last task."""
+        costs = self.costs or self._costs(self.run, self.net, self.backbone)
+        held = 0 if self.buffer is None else len(self.buffer)
+        for when, stage in (("stage", self.run.position.stage), ("end", len(self.run.tasks) - 1)):
+            self.run.log(f"memory_{when}_aligned_mib", costs.spent(stage, held) / 2**20)
+
+    # --- what serves ------------------------------------------------------------------------------------------------
+    @contextlib.contextmanager
+    def _serving(self, which: str) -> Iterator[nn.Module]:
+        # While a task is being learned the means are those of a narrower network: the linear head serves.
+        usable = self.means is not None and self.means.in_features == self.backbone.out_features
+        if which == "linear" or not usable:
+            yield self.net
+            return
+        linear, self.net.head = self.net.head, self.means
+        try:
+            yield self.net
+        finally:
+            self.net.head = linear
+
+    def inference(self) -> contextlib.AbstractContextManager[nn.Module]:
+        """The classifier that ``serve`` names."""
+        return self._serving(self.config.serve)
+
+    # --- state ------------------------------------------------------------------------------------------------------
+    def state_dict(self) -> dict[str, Any]:
+        """The buffer, the structure of the module, the auxiliary head and the class means."""
+        return {
+            **super().state_dict(),
+            "structure": structure_of(self.net),
+            "aux": None if self.aux is None else dict(self.aux.state_dict()),
+            "means": None if self.means is None else dict(self.means.state_dict()),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Inverse of :meth:`state_dict`: rebuilds the module, whose tensors are loaded next."""
+        super().load_state_dict(state)
+        restructure(self.net, state["structure"])
+        self.aux = self.means = None
+        if state["aux"] is not None:
+            self.aux = self._aux_head(len(state["aux"]["bias"]) - 1)
+            self.aux.load_state_dict(state["aux"])
+        if state["means"] is not None:
+            self.means = NearestMeanHead(*state["means"]["means"].shape).to(self.run.engine.device)
+            self.means.load_state_dict(state["means"])
+        self._settle()
+
+
+def classes_by_task(tasks: TaskSequence) -> list[list[int]]:
+    """The classes of each task, sorted.
+
+    Raises:
+        DataError: a task without classes, or one that brings a class back.
+    """
+    owner: dict[int, str] = {}
+    found: list[list[int]] = []
+    problems: list[Problem] = []
+    for index, task in enumerate(tasks):
+        classes = sorted(set(training_classes(task, index).tolist()) | set(task.classes or ()))
+        if not classes:
+            problems.append(Problem(f"task '{task.name}'", "has no class; a block per task needs new classes in each"))
+        problems += [
+            Problem(f"task '{task.name}'", f"brings class {c} back, which task '{owner[c]}' had")
+            for c in classes
+            if c in owner
+        ]
+        owner.update(dict.fromkeys(classes, task.name))
+        found.append(classes)
+    if problems:
+        raise DataError.collect("A network that grows with its classes can't learn these tasks:", problems)
+    return found
