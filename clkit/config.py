@@ -58,7 +58,7 @@ class ModelConfig:
         512, "longest example in tokens; a longer prompt loses its beginning, never the answer", min=8
     )
     gradient_checkpointing: bool = opt(False, "recompute activations in the backward pass to save memory")
-    freeze_backbone: bool = opt(False, "train only the classification head")
+    freeze_backbone: bool = opt(False, "train only the classification head; features are computed once")
     pooling: str = opt("mean", "how an encoder's tokens become one vector", choices=("mean", "cls"))
     hidden: list[int] = opt([256], "widths of the hidden layers of `mlp`")
 

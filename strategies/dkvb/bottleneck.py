@@ -12,11 +12,6 @@ from clkit.strategies.dkvb.config import DKVBConfig
 from clkit.strategies.dkvb.index import nearest, project
 from clkit.strategies.dkvb.values import bag_sum, make_decoder, widen
 
-STRUCTURE = (
-    *("heads", "pairs", "key_dim", "split", "tokens", "top_k", "decoder", "value_dim", "hidden"),
-    *("vote_scale", "smoothing", "unused"),
-)
-
 
 class Bottleneck(nn.Module):
     """C codebooks of K key-value pairs, in front of a decoder.
@@ -24,7 +19,7 @@ class Bottleneck(nn.Module):
     Projection and keys are buffers: no gradient and no optimiser ever reaches them, and they are saved with the rest.
 
     Args:
-        config: the options named in ``STRUCTURE``.
+        config: the method's options.
         in_features: D, length of a feature vector.
         num_classes: width of the logits.
         seed: of the projection and the decoder.
@@ -72,7 +67,8 @@ class Bottleneck(nn.Module):
     # --- from features to pairs -------------------------------------------------------------------------------------
     def queries(self, features: Tensor) -> Tensor:
         """(N, D) to (N, C, k)."""
-        found: Tensor = project(features.float(), self.projection, self.config.heads)
+        with torch.autocast(features.device.type, enabled=False):  # half precision would find other keys
+            found: Tensor = project(features.float(), self.projection, self.config.heads)
         return found
 
     def lookup(self, features: Tensor, masked: bool = False) -> Tensor:
@@ -114,19 +110,17 @@ class Bottleneck(nn.Module):
             return self._read(slots)
         # One bag for each example and head.
         grouped = slots.view(len(slots), -1, config.heads, config.top_k).transpose(1, 2).flatten(2)
-        read = self._read(grouped.reshape(len(slots) * config.heads, -1), heads=1)
+        read = self._read(grouped.reshape(len(slots) * config.heads, -1))
         logits: Tensor = self.decoder(read.view(len(slots), -1))
         return logits
 
-    def _read(self, slots: Tensor, heads: int | None = None) -> Tensor:
-        """One bag per row of ``slots``: the sum over its values, divided by its tokens and ``heads``."""
+    def _read(self, slots: Tensor) -> Tensor:
+        """One bag per row of ``slots``: the mean over its heads and tokens of the sum over their nearest keys."""
         slots = slots.flatten(1)
-        per_token = (heads or self.config.heads) * self.config.top_k
         valid = slots >= 0
         counts = valid.sum(dim=1)
-        flat = slots.flatten() if slots.shape[1] == per_token else slots[valid]
         scale = self.config.top_k / counts.clamp(min=1).to(self.values.dtype)
-        read: Tensor = bag_sum(self.values.flatten(0, 1), flat, counts.cumsum(0) - counts, scale)
+        read: Tensor = bag_sum(self.values.flatten(0, 1), slots[valid], counts.cumsum(0) - counts, scale)
         return read
 
     def _tally(self, slots: Tensor) -> Tensor:
@@ -145,9 +139,8 @@ class Bottleneck(nn.Module):
     @torch.no_grad()
     def record(self, pairs: Tensor) -> None:
         """Count that training reads these pairs."""
-        slots = self.slots(pairs).flatten()
-        slots = slots[slots >= 0] if pairs.dim() == 3 else slots
-        self.usage.view(-1).add_(torch.bincount(slots, minlength=self.usage.numel()))
+        slots = self.slots(pairs)
+        self.usage.view(-1).add_(torch.bincount(slots[slots >= 0], minlength=self.usage.numel()))
 
     @torch.no_grad()
     def vote(self, pairs: Tensor, labels: Tensor) -> None:
@@ -172,14 +165,16 @@ class Bottleneck(nn.Module):
         more = num_classes - self.num_classes
         if more < 0:
             raise ValueError(f"adapt can't drop classes: there are {self.num_classes}, asked for {num_classes}")
+        if not more:
+            return
         if self.decoder is None:
             wider = torch.cat([self.values.data, self.values.new_zeros(*self.values.shape[:2], more)], dim=2)
             self.values = nn.Parameter(wider, requires_grad=self._trained_by_gradient)
-        elif more:
+        else:
             widen(self.decoder, self._new_decoder(num_classes))
         self.num_classes = num_classes
 
     def description(self) -> dict[str, object]:
         """JSON from which an equal bottleneck is built."""
-        structure = {name: value for name, value in asdict(self.config).items() if name in STRUCTURE}
-        return {"options": structure, "seed": self._seed, "num_classes": self.num_classes}
+        options = {name: value for name, value in asdict(self.config).items() if name != "replay"}
+        return {"options": options, "seed": self._seed, "num_classes": self.num_classes}
