@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
@@ -37,8 +38,8 @@ class Model(ABC):
 
     @property
     def device(self) -> torch.device:
-        """Where the module's parameters are."""
-        return next(self.module.parameters()).device
+        """Where the module's parameters are; its buffers, where nothing in it is trained."""
+        return next(itertools.chain(self.module.parameters(), self.module.buffers())).device
 
     @abstractmethod
     def encode(self, examples: Examples) -> Encoded:
