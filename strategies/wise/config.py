@@ -1,0 +1,86 @@
+"""Options of WISE: what is edited, how one edit is learned, how edits are kept and found again."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+from clkit.config import StrategyConfig, opt
+from clkit.errors import Problem
+
+
+@dataclass
+class WISEConfig(StrategyConfig):
+    """Options of WISE. Numbers left null are :data:`DEFAULTS`, or :data:`PUBLISHED` with ``compat``."""
+
+    layer: str = opt(
+        "auto", "projection to edit: auto (by depth), the number of a block (-1 = the last), or a module's name"
+    )
+    depth: float = opt(0.85, "auto: how deep the edited block lies, as a part of the blocks", min=0, max=0.999)
+    mode: str = opt(
+        "retrieve",
+        "retrieve: merged memories stand side by side and the best one answers; merge: all edits in one memory",
+        choices=("retrieve", "merge"),
+    )
+    mask_ratio: float = opt(0.2, "part of the matrix that one shard of edits may change", above=0, max=1)
+    shard_size: int = opt(500, "edits that share one mask", min=1)
+    merge_every: int = opt(
+        1000, "edits after which shards are merged; a multiple of shard_size; 0 = only when asked", min=0
+    )
+    merge: str = opt("ties", "how shards are merged", choices=("ties", "sign", "linear", "dare"))
+    density: float = opt(
+        0.53, "ties: part of the matrix kept of a shard; dare: part of a shard's entries", above=0, max=1
+    )
+    steps: int | None = opt(None, "most steps per edit", min=1)
+    learning_rate: float | None = opt(
+        None, "step size, relative to the layer's activations (compat: as it is)", above=0
+    )
+    alpha: float | None = opt(None, "largest score wanted of irrelevant prompts, relative (compat: as it is)", above=0)
+    beta: float | None = opt(None, "smallest score wanted of the edit's prompts", above=0)
+    gamma: float | None = opt(None, "smallest distance wanted between the two", above=0)
+    clamp: float = opt(1.0, "largest change of one weight", above=0)
+    slack: float = opt(0.88, "a memory answers above its threshold times this", above=0, max=1)
+    stop_loss: float = opt(0.02, "an edit is learned when its loss is below", min=0)
+    contexts: int = opt(
+        10, "texts that the model writes itself, put before the prompt to learn paraphrases", min=0, max=10
+    )
+    negatives: int = opt(8, "further irrelevant prompts per edit, of earlier edits and built in (compat: none)", min=0)
+    eos: bool = opt(True, "teach that the answer ends (compat: not)")
+    storage: str = opt(
+        "float16",
+        "type of the values of a finished shard, in memory as on disk",
+        choices=("float16", "bfloat16", "float32"),
+    )
+    compat: bool = opt(False, "the published code's algorithm and numbers")
+
+
+# Measured on SmolLM2-135M and -360M, README.md "Defaults".
+DEFAULTS = {"steps": 50, "learning_rate": 0.1, "alpha": 0.1, "beta": 0.4, "gamma": 0.2}
+# EasyEdit @ 14cea82, hparams/WISE/llama-7b.yaml.
+PUBLISHED = {"steps": 70, "learning_rate": 1.0, "alpha": 5.0, "beta": 20.0, "gamma": 10.0}
+
+
+def settled(config: WISEConfig) -> WISEConfig:
+    """The configuration with every number decided and, for ``compat``, the fixes switched off."""
+    numbers = PUBLISHED if config.compat else DEFAULTS
+    open_ = {name: value for name, value in numbers.items() if getattr(config, name) is None}
+    config = dataclasses.replace(config, **open_)  # type: ignore[arg-type]
+    if config.compat:
+        config = dataclasses.replace(config, eos=False, negatives=0, storage="float32")
+    return config
+
+
+def problems(config: WISEConfig) -> list[Problem]:
+    """Options that do not fit together."""
+    found = []
+    if config.merge_every % config.shard_size:
+        found.append(
+            Problem(
+                "strategy.merge_every",
+                f"got {config.merge_every}, expected a multiple of shard_size ({config.shard_size})",
+            )
+        )
+    whole = settled(config)
+    if whole.alpha is not None and whole.beta is not None and whole.alpha >= whole.beta:
+        found.append(Problem("strategy.alpha", f"got {whole.alpha}, expected less than beta ({whole.beta})"))
+    return found

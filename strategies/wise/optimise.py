@@ -1,0 +1,126 @@
+"""Learn one edit: masked gradient steps on the side memory's matrix, with everything below it computed once."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from clkit.errors import NumericalError
+from clkit.strategies.wise.losses import margin_loss, target_loss
+from clkit.strategies.wise.prefix import Prefix
+from clkit.strategies.wise.router import Router, change_sizes
+from clkit.strategies.wise.rows import Rows
+
+# The published code's weight decay, which reaches the frozen entries too.
+_PUBLISHED_DECAY = 1e-5
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The numbers of one edit.
+
+    Attributes:
+        unit: the scores that ``alpha``, ``beta`` and ``gamma`` are compared with are divided by it.
+        learning_rate: of plain gradient descent on the matrix.
+    """
+
+    steps: int
+    learning_rate: float
+    alpha: float
+    beta: float
+    gamma: float
+    clamp: float
+    stop_loss: float
+    unit: float = 1.0
+
+
+@dataclass
+class Outcome:
+    """What came of one edit.
+
+    Attributes:
+        losses: (target loss, margin loss) of every forward pass.
+        score: mean score of the edit rows in the last forward pass, which is before the last step.
+    """
+
+    losses: list[tuple[float, float]] = field(default_factory=list)
+    score: float = math.nan
+
+
+class Objective:
+    """The loss of one edit as a function of the side memory's matrix.
+
+    Args:
+        prefix: what is constant.
+        rows: the edit.
+        router: how scores are taken.
+        settings: the numbers.
+        weight: the base's matrix; when given, the function's argument is base and change together (compat).
+    """
+
+    def __init__(
+        self, prefix: Prefix, rows: Rows, router: Router, settings: Settings, weight: Tensor | None = None
+    ) -> None:
+        self.prefix, self.rows, self.router, self.settings, self.weight = prefix, rows, router, settings, weight
+        self._read = router.read(prefix.activations, rows.prompt), router.read(prefix.base, rows.prompt)
+
+    def __call__(self, matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Target loss, margin loss and the scores (R,) of all rows, for a matrix (out, in) float32."""
+        prefix, rows, s = self.prefix, self.rows, self.settings
+        change = self._change(matrix, prefix.activations[: rows.edits], prefix.base[: rows.edits])
+        answer = target_loss(prefix.logits(change), prefix.targets, self.router.compat)
+        read, base = self._read
+        # The published statistic switches to the maximum at inference only.
+        scores = change_sizes(self._change(matrix, read, base), base, self.router.activation).mean(dim=1)
+        inside, outside = scores[: rows.edits] / s.unit, scores[rows.edits :] / s.unit
+        return answer, margin_loss(inside, outside, s.alpha, s.beta, s.gamma), scores
+
+    def _change(self, matrix: Tensor, x: Tensor, base: Tensor) -> Tensor:
+        change = F.linear(x, matrix)
+        return change if self.weight is None else change - base
+
+
+def optimise(objective: Objective, matrix: Tensor, mask: Tensor) -> tuple[Tensor, Outcome]:
+    """Learn one edit.
+
+    Args:
+        objective: the loss.
+        matrix: (out, in) float32, the side memory so far; not changed.
+        mask: (out, in) bool, the entries that may move.
+
+    Returns:
+        The new matrix, and what happened.
+
+    Raises:
+        NumericalError: the loss is not finite; the edit is not learned.
+    """
+    s, rows = objective.settings, objective.rows
+    outcome, before = Outcome(), math.inf
+    # The published code trains base and change in one tensor, which rounds differently.
+    centre = torch.zeros_like(matrix) if objective.weight is None else objective.weight
+    decay = 0.0 if objective.weight is None else _PUBLISHED_DECAY
+    matrix = matrix + centre
+    for _ in range(s.steps):
+        matrix = matrix.detach().requires_grad_()
+        answer, margin, scores = objective(matrix)
+        total = answer + margin
+        value = float(total.detach())
+        if not math.isfinite(value):
+            raise NumericalError(
+                f"The loss of the edit is {value} at step {len(outcome.losses) + 1}; lower strategy.learning_rate."
+            )
+        outcome.losses.append((float(answer.detach()), float(margin.detach())))
+        outcome.score = float(scores[: rows.edits].detach().mean())
+        flat = abs(value - before) <= 1e-4 if objective.weight is not None else True
+        if value <= s.stop_loss and flat:
+            break
+        before = value
+        (gradient,) = torch.autograd.grad(total, matrix)
+        with torch.no_grad():
+            update = gradient * mask + decay * matrix
+            matrix = torch.clamp(matrix - s.learning_rate * update, centre - s.clamp, centre + s.clamp)
+    return matrix.detach() - centre, outcome

@@ -1,0 +1,189 @@
+"""What an edit can not change is computed once: the activations below the edited layer; only what is above runs."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from clkit.modes import evaluating
+from clkit.strategies.wise.location import Location
+from clkit.strategies.wise.rows import Rows
+
+
+def position_ids(mask: Tensor) -> Tensor:
+    """(R, T) places of the tokens within their rows, as ``generate`` numbers them."""
+    return (mask.cumsum(dim=1) - 1).clamp(min=0)
+
+
+class Reader:
+    """Runs the model up to the edited projection, and from there on.
+
+    Args:
+        location: the projection.
+        positions: number the tokens of each row from its first one (the published code numbers the padding too).
+    """
+
+    def __init__(self, location: Location, positions: bool = True) -> None:
+        self.location = location
+        self.positions = positions
+        accepted = inspect.signature(type(location.lm).forward).parameters
+        self._takes = frozenset(accepted)
+        self._direct: bool | None = None
+        self._tuples = False
+
+    def activations(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Input (R, T, in) and output (R, T, out) of the projection, in the types in which the model computes."""
+        found: dict[str, Tensor] = {}
+        with self._watching(found):
+            self._decoder(input_ids, attention_mask)
+        return found["in"], found["out"]
+
+    def prefix(self, rows: Rows) -> Prefix:
+        """Everything below the edited projection for ``rows``, computed once."""
+        found: dict[str, Tensor] = {}
+        block = self.location.blocks[self.location.block]
+
+        def keep(module: nn.Module, args: tuple[Tensor, ...], out: Any) -> None:
+            self._tuples = isinstance(out, tuple)
+            found["block in"], found["block out"] = args[0].detach(), _first(out).detach()
+
+        hook = block.register_forward_hook(keep)
+        try:
+            with self._watching(found):
+                self._decoder(rows.input_ids, rows.attention_mask)
+        finally:
+            hook.remove()
+        if self._direct is None:
+            self._direct = self._adds_directly(rows, found)
+        return Prefix(self, rows, found, self._direct)
+
+    def _adds_directly(self, rows: Rows, found: dict[str, Tensor]) -> bool:
+        """Whether what is added to the projection's output comes out of its block unchanged.
+
+        True for all but the architectures that normalise the feed-forward part's output (Gemma 2 and 3, OLMo 2).
+        """
+        size = found["out"].float().norm(dim=-1, keepdim=True) / found["out"].shape[-1] ** 0.5
+        probe = torch.linspace(-1, 1, found["out"].shape[-1], device=size.device) * size
+        with self.entering(self.location.block, found["block in"]), adding(self.location.projection, probe):
+            shown: dict[str, Tensor] = {}
+            block = self.location.blocks[self.location.block]
+            hook = block.register_forward_hook(lambda m, args, out: shown.__setitem__("out", _first(out)))
+            try:
+                self._decoder(rows.input_ids, rows.attention_mask)
+            finally:
+                hook.remove()
+        gap = (shown["out"].float() - found["block out"].float() - probe)[rows.attention_mask.bool()]
+        return bool(gap.norm() < 0.05 * probe[rows.attention_mask.bool()].norm())
+
+    # --- running parts of the model ---------------------------------------------------------------------------------
+    @contextlib.contextmanager
+    def _watching(self, found: dict[str, Tensor]) -> Iterator[None]:
+        def keep(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
+            found["in"], found["out"] = args[0].detach(), out.detach()
+
+        hook = self.location.projection.register_forward_hook(keep)
+        try:
+            yield
+        finally:
+            hook.remove()
+
+    @torch.no_grad()
+    def _decoder(self, input_ids: Tensor, attention_mask: Tensor) -> None:
+        with evaluating(self.location.lm):
+            self.location.decoder(**self._inputs(input_ids, attention_mask))
+
+    def _inputs(self, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Any]:
+        inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
+        if self.positions and "position_ids" in self._takes:
+            inputs["position_ids"] = position_ids(attention_mask)
+        return inputs
+
+    @contextlib.contextmanager
+    def entering(self, block: int, states: Tensor) -> Iterator[None]:
+        """Within, the blocks below ``block`` compute nothing; ``block``, or what follows the last, reads ``states``."""
+        below = [self.location.blocks[i] for i in range(block)]
+        own = [b.__dict__.get("forward") for b in below]
+        hook = None
+        try:
+            for i, module in enumerate(below):
+                module.forward = self._stub(states if i == block - 1 else None)
+            if block == 0:
+                first = self.location.blocks[0]
+                hook = first.register_forward_pre_hook(lambda m, args: (states, *args[1:]))
+            yield
+        finally:
+            for module, forward in zip(below, own, strict=True):
+                if forward is None:
+                    module.__dict__.pop("forward", None)
+                else:
+                    module.forward = forward
+            if hook is not None:
+                hook.remove()
+
+    def _stub(self, states: Tensor | None) -> Any:
+        """The forward of a block that gives ``states``, or what it reads."""
+
+        def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+            out = hidden_states if states is None else states
+            return (out,) if self._tuples else out
+
+        return forward
+
+    def logits(self, rows: Rows, at: Tensor) -> Tensor:
+        """(E, P, vocabulary) of the edit rows at the positions ``at``; evaluation mode is the caller's."""
+        inputs = self._inputs(rows.input_ids[: rows.edits], rows.attention_mask[: rows.edits])
+        if "logits_to_keep" in self._takes:
+            scores: Tensor = self.location.lm(**inputs, logits_to_keep=at).logits
+            return scores
+        return self.location.lm(**inputs).logits[:, at]  # type: ignore[no-any-return]
+
+
+class Prefix:
+    """The constant part of one edit's forward pass.
+
+    Attributes:
+        activations: (R, T, in) float32, what the projection reads.
+        base: (R, T, out) float32, what it gives without side memory.
+        block: the first block that has to run.
+    """
+
+    def __init__(self, reader: Reader, rows: Rows, found: dict[str, Tensor], direct: bool) -> None:
+        self._reader = reader
+        self._rows = rows
+        self._direct = direct
+        self.activations = found["in"].float()
+        self.base = found["out"].float()
+        self.block = reader.location.block + int(direct)
+        self._states = found["block out" if direct else "block in"][: rows.edits]
+        self._at = rows.learned
+        self.targets = rows.labels[: rows.edits, self._at + 1]
+
+    def logits(self, change: Tensor) -> Tensor:
+        """(E, P, vocabulary) where a target is predicted, with ``change`` (E, T, out) added by the side memory."""
+        reader = self._reader
+        if self._direct:
+            states = (self._states.float() + change).to(self._states.dtype)
+            with reader.entering(self.block, states):
+                return reader.logits(self._rows, self._at)
+        with reader.entering(self.block, self._states), adding(reader.location.projection, change):
+            return reader.logits(self._rows, self._at)
+
+
+@contextlib.contextmanager
+def adding(projection: nn.Module, change: Tensor) -> Iterator[None]:
+    """Within, the projection's output (B, T, out) has ``change`` added to it."""
+    hook = projection.register_forward_hook(lambda m, args, out: (out.float() + change).to(out.dtype))
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def _first(out: Any) -> Tensor:
+    found: Tensor = out[0] if isinstance(out, tuple) else out
+    return found
