@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from clkit.evaluation import SCORERS
@@ -45,13 +46,13 @@ class Scores:
         return summarize(self.matrix[:, :count], initial=initial, higher_is_better=self.higher_is_better[:count])
 
     def state_dict(self) -> dict[str, Any]:
-        """The numbers, as JSON with NaN."""
-        return {"matrix": self.matrix.tolist(), "initial": self.initial.tolist()}
+        """The numbers, as float64 tensors."""
+        return {"matrix": torch.from_numpy(self.matrix), "initial": torch.from_numpy(self.initial)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Inverse of :meth:`state_dict`."""
-        self.matrix[:] = state["matrix"]
-        self.initial[:] = state["initial"]
+        self.matrix[:] = state["matrix"].numpy()
+        self.initial[:] = state["initial"].numpy()
 
 
 def format_split(main: Scores, further: Mapping[str, Scores]) -> dict[str, dict[str, Any]]:

@@ -32,7 +32,7 @@ PRELOAD = [
 PLACES = [
     ("clkit.checkpoint", None, "_save_tensors", 3),
     ("clkit.checkpoint", None, "_sync", 7),
-    ("clkit.trainer", None, "evaluate", 5),
+    ("clkit.trainer", None, "evaluate_all", 5),
     ("clkit.strategy", "Strategy", "begin_task", 1),
     ("clkit.strategy", "Strategy", "end_task", 1),
     ("clkit.strategy", "Strategy", "after_backward", 3),

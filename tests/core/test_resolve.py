@@ -31,7 +31,7 @@ def test_every_problem_is_reported_at_once_with_file_key_and_near_name(tmp_path)
         f"{file}:train.learning_rate: wrong type (got 'fast', expected float)",
         f"{file}:train.epochs: out of range (got 0, expected >= 1)",
         f"{file}:train.optimzer: unknown key. Did you mean 'optimizer'?",
-        f"{file}:train.schedule: out of range (got 'cosin', expected one of constant, linear, cosine. Did you mean 'cosine'?)",
+        f"{file}:train.schedule: out of range (got 'cosin', expected one of constant, linear, cosine, milestones. Did you mean 'cosine'?)",
         f"{file}:train.batch_size: wrong type (got 2.5, expected int)",
         f"{file}:model.lora.r: out of range (got -1, expected >= 0)",
         f"{file}:strategy.name: Unknown strategy 'niave'. Did you mean 'naive'?",
