@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from clkit.evaluation import SCORERS
@@ -47,6 +46,8 @@ class Scores:
 
     def state_dict(self) -> dict[str, Any]:
         """The numbers, as float64 tensors."""
+        import torch  # not at the top: reading results needs none
+
         return {"matrix": torch.from_numpy(self.matrix), "initial": torch.from_numpy(self.initial)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
