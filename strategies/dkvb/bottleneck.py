@@ -117,10 +117,13 @@ class Bottleneck(nn.Module):
     def _read(self, slots: Tensor) -> Tensor:
         """One bag per row of ``slots``: the mean over its heads and tokens of the sum over their nearest keys."""
         slots = slots.flatten(1)
-        valid = slots >= 0
-        counts = valid.sum(dim=1)
+        if self.config.tokens:
+            valid = slots >= 0
+            counts, flat = valid.sum(dim=1), slots[valid]
+        else:
+            counts, flat = torch.full((len(slots),), slots.shape[1], device=slots.device), slots.flatten()
         scale = self.config.top_k / counts.clamp(min=1).to(self.values.dtype)
-        read: Tensor = bag_sum(self.values.flatten(0, 1), slots[valid], counts.cumsum(0) - counts, scale)
+        read: Tensor = bag_sum(self.values.flatten(0, 1), flat, counts.cumsum(0) - counts, scale)
         return read
 
     def _tally(self, slots: Tensor) -> Tensor:
@@ -139,8 +142,10 @@ class Bottleneck(nn.Module):
     @torch.no_grad()
     def record(self, pairs: Tensor) -> None:
         """Count that training reads these pairs."""
-        slots = self.slots(pairs)
-        self.usage.view(-1).add_(torch.bincount(slots[slots >= 0], minlength=self.usage.numel()))
+        slots = self.slots(pairs).flatten()
+        if self.config.tokens:
+            slots = slots[slots >= 0]
+        self.usage.view(-1).add_(torch.bincount(slots, minlength=self.usage.numel()))
 
     @torch.no_grad()
     def vote(self, pairs: Tensor, labels: Tensor) -> None:
