@@ -32,6 +32,7 @@ class Expandable(Backbone):
         blocks: the copied parts.
         width: features of one block.
         foldable: see ``Backbone.norm_follows_conv``.
+        frozen_general: the shared part is not trained.
 
     Raises:
         ModelError: the backbone can't be cut, or has no such part.
@@ -59,7 +60,7 @@ class Expandable(Backbone):
         self.foldable = backbone.norm_follows_conv
         self.general = Chain(dict(items[:at]))
         self.blocks = nn.ModuleList([Chain(dict(items[at:]))])
-        self._frozen_general, self._frozen_blocks = False, 0
+        self.frozen_general, self._frozen_blocks = False, 0
         self.to(memory_format=torch.channels_last)
 
     def grow(self) -> None:
@@ -71,7 +72,7 @@ class Expandable(Backbone):
 
     def freeze(self, general: bool, blocks: int) -> None:
         """Keep the ``blocks`` oldest blocks and, with ``general``, the shared part as they are, in evaluation mode."""
-        self._frozen_general, self._frozen_blocks = general, blocks
+        self.frozen_general, self._frozen_blocks = general, blocks
         self.general.requires_grad_(not general)
         for i, block in enumerate(self.blocks):
             block.requires_grad_(i >= blocks)
@@ -80,7 +81,7 @@ class Expandable(Backbone):
     def train(self, mode: bool = True) -> Expandable:
         """Set the mode of everything that is trained."""
         super().train(mode)
-        if self._frozen_general:
+        if self.frozen_general:
             self.general.eval()
         for block in self.blocks[: self._frozen_blocks]:
             block.eval()
@@ -88,7 +89,7 @@ class Expandable(Backbone):
 
     def maps(self, *inputs: Tensor, **named: Tensor) -> Any:
         """The shared part's output; images are put into the layout that convolutions are fast in."""
-        return self.general(*(_channels_last(x) for x in inputs), **named)
+        return self.general(*(channels_last(x) for x in inputs), **named)
 
     def forward(self, *inputs: Tensor, **named: Tensor) -> Tensor:
         """Features (B, width * blocks)."""
@@ -96,7 +97,8 @@ class Expandable(Backbone):
         return torch.cat([block(maps) for block in self.blocks], dim=1)
 
 
-def _channels_last(x: Tensor) -> Tensor:
+def channels_last(x: Tensor) -> Tensor:
+    """Images in the memory layout that convolutions are fast in; anything else as it is."""
     return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
 
 

@@ -17,14 +17,9 @@ class FirstTaskConfig:
 
 
 @dataclass
-class MemoConfig(StrategyConfig):
-    """How the network is cut and grown, what is frozen, and what the exemplars may cost."""
+class GrowingConfig(StrategyConfig):
+    """How a network grows by one block per task, which classifier serves, and what the exemplars may cost."""
 
-    cut: str = opt("", "the first part that is copied for each task; empty = the backbone's own default")
-    train_base: bool = opt(
-        True, "go on training the shared part after the first task (published: false where it is large)"
-    )
-    stop_old_gradient: bool = opt(False, "no gradient into the shared part through the old blocks; other mathematics")
     alpha_aux: float = opt(1.0, "weight of the auxiliary loss on the new block's features", min=0)
     zero_columns: bool = opt(False, "old classes start with zero weights for a new block's features, not random ones")
     align: bool = opt(True, "after a task, scale the new classes' weights to the mean norm of the old ones'")
@@ -41,3 +36,14 @@ class MemoConfig(StrategyConfig):
     cache: float = opt(2048.0, "most MiB of features kept in memory while the shared part is frozen; 0 = none", min=0)
     first: FirstTaskConfig = opt(FirstTaskConfig, "the first task")
     replay: ReplayConfig = opt(lambda: ReplayConfig(size=2000, policy="herding"), "exemplars")
+
+
+@dataclass
+class MemoConfig(GrowingConfig):
+    """Where the network is cut, and what is frozen."""
+
+    cut: str = opt("", "the first part that is copied for each task; empty = the backbone's own default")
+    train_base: bool = opt(
+        True, "go on training the shared part after the first task (published: false where it is large)"
+    )
+    stop_old_gradient: bool = opt(False, "no gradient into the shared part through the old blocks; other mathematics")

@@ -22,7 +22,7 @@ class Costs:
         width: features of a block.
         classes: new classes of each task.
         per_exemplar: raw bytes of an exemplar.
-        cached_per_exemplar: bytes of features that are kept for it.
+        cached_per_exemplar: bytes of the shared part's maps that are kept for it, 0 where nothing is cached.
         budget: bytes, 0 for none.
         counting: ``paper`` or ``strict``.
         at: ``end`` or ``stage``: which model the exemplars have to fit beside.
@@ -39,7 +39,7 @@ class Costs:
     at: str
 
     def model(self, stage: int) -> Footprint:
-        """The network after ``stage``: shared part, blocks, both heads."""
+        """The network after ``stage``: shared part, blocks, both heads, class means."""
         blocks, seen = stage + 1, sum(self.classes[: stage + 1])
         linear = seen * (blocks * self.width + 1)
         auxiliary = (self.classes[stage] + 1) * (self.width + 1) if stage else 0
@@ -47,17 +47,19 @@ class Costs:
             self.general.parameters + blocks * self.block.parameters,
             heads=_FLOAT * (linear + auxiliary),
             statistics=self.general.statistics + blocks * self.block.statistics,
+            cached=_FLOAT * seen * blocks * self.width,
         )
 
     def exemplars(self, stage: int) -> int:
         """How many exemplars the budget leaves from the end of ``stage`` on."""
-        last = len(self.classes) - 1
-        return self._budget().exemplars(self.model(last if self.at == "end" else stage), self._each())
+        beside = len(self.classes) - 1 if self.at == "end" else stage
+        budget = Budget(self.budget, cast(Counting, self.counting))
+        return budget.exemplars(self.model(beside), self._each(beside))
 
     def spent(self, stage: int, exemplars: int) -> int:
         """Bytes of the network after ``stage`` and so many exemplars."""
         counting = cast(Counting, self.counting)
-        return Budget.spent(self.model(stage), exemplars, self._each(), counting).bytes
+        return Budget.spent(self.model(stage), exemplars, self._each(stage), counting).bytes
 
     def check(self) -> None:
         """Refuse a budget that is too small.
@@ -75,8 +77,7 @@ class Costs:
                 "raise it, or take a smaller model"
             )
 
-    def _budget(self) -> Budget:
-        return Budget(self.budget, cast(Counting, self.counting))
-
-    def _each(self) -> int:
-        return self.per_exemplar + (self.cached_per_exemplar if self.counting == "strict" else 0)
+    def _each(self, stage: int) -> int:
+        if self.counting == "paper" or not self.cached_per_exemplar:
+            return self.per_exemplar
+        return self.per_exemplar + self.cached_per_exemplar + _FLOAT * stage * self.width

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -13,19 +12,19 @@ from torch import Tensor, nn
 
 from clkit.config import TrainConfig
 from clkit.errors import CapabilityError, DataError, Problem
-from clkit.evaluation.base import evaluate
-from clkit.evaluation.features import extract
+from clkit.evaluation.base import evaluation_mode
+from clkit.exemplar_means import ExemplarMeans
 from clkit.loader import training_classes
-from clkit.memory import Footprint, bytes_per_exemplar, class_mean
+from clkit.memory import Footprint, bytes_per_exemplar
 from clkit.models.classifier import Classifier, ClassifierNet
-from clkit.models.expandable import Expandable, expand, grow_head, restructure, structure_of
-from clkit.models.heads import GrowingHead, NearestMeanHead, align_new_rows, fill_linear
+from clkit.models.expandable import Expandable, channels_last, expand, grow_head, restructure, structure_of
+from clkit.models.heads import GrowingHead, align_new_rows, fill_linear
 from clkit.models.precision import at_least_float32
 from clkit.strategies.memo.cache import CachedMaps
 from clkit.strategies.memo.config import MemoConfig
 from clkit.strategies.memo.costs import Costs
-from clkit.strategies.memo.folding import folded
-from clkit.strategy import Capabilities, Losses, RunContext, Strategy
+from clkit.strategies.memo.folding import folded, in_pieces
+from clkit.strategy import Capabilities, Losses, RunContext
 from clkit.tasks.base import Task, TaskSequence
 from clkit.tasks.batch import Batch
 
@@ -43,7 +42,7 @@ def auxiliary_targets(rows: Tensor, known: int) -> Tensor:
     return (rows - known + 1).clamp(min=0)
 
 
-class Memo(Strategy):
+class Memo(ExemplarMeans):
     """Shared shallow blocks and one copy of the deep blocks per task; README.md has equations and deviations.
 
     The module's structure grows when a task begins. It is part of the state, so that a resume rebuilds it before
@@ -56,22 +55,20 @@ class Memo(Strategy):
     def __init__(self, config: Any = None) -> None:
         super().__init__(config)
         self.aux: nn.Linear | None = None
-        self.means: NearestMeanHead | None = None
-        self.costs: Costs | None = None
+        self.costs: Costs
+        self._general: nn.Module | None = None  # faster doubles of what is frozen, made when first needed
         self._stand_ins: list[nn.Module] = []
 
     @classmethod
     def check(cls, config: MemoConfig) -> list[Problem]:
         """Options that contradict each other."""
-        problems = []
+        problems = cls.check_serving(config, config.replay.size or config.budget)
         if config.stop_old_gradient and not config.train_base:
             problems.append(
                 Problem(
                     "strategy.stop_old_gradient", "with train_base=false no gradient reaches the shared part; drop one"
                 )
             )
-        if config.serve == "nearest-mean" and not (config.replay.size or config.budget):
-            problems.append(Problem("strategy.serve", "nearest-mean needs exemplars; set replay.size or budget"))
         return problems
 
     # --- set-up -----------------------------------------------------------------------------------------------------
@@ -89,8 +86,8 @@ class Memo(Strategy):
         self.new_classes = classes_by_task(run.tasks)
         backbone = expand(net, self._cut(net))
         grow_head(net)
+        self.costs = self._costs(run, backbone)
         if self.config.budget:
-            self.costs = self._costs(run, net, backbone)
             self.costs.check()
         super().setup(run)
 
@@ -111,12 +108,12 @@ class Memo(Strategy):
     def _cut(self, net: ClassifierNet) -> str:
         return self.config.cut or net.backbone.default_cut
 
-    def _costs(self, run: RunContext, net: ClassifierNet, backbone: Expandable) -> Costs:
+    def _costs(self, run: RunContext, backbone: Expandable) -> Costs:
         cached = 0
-        if self.config.counting == "strict" and not self.config.train_base and self.config.cache:
+        if self.config.counting == "strict" and self._caches:
             batch = run.encodings.train(0).batch(torch.tensor([0])).to(run.engine.device)
-            maps, _ = self._maps_and_old(batch)
-            cached = maps.nbytes if isinstance(maps, Tensor) else 0
+            with evaluation_mode(run.model):
+                cached = self._maps_and_old(batch)[0].nbytes
         return Costs(
             general=Footprint.of(backbone.general),
             block=Footprint.of(backbone.blocks[0]),
@@ -128,12 +125,6 @@ class Memo(Strategy):
             counting=self.config.counting,
             at=self.config.budget_at,
         )
-
-    @property
-    def net(self) -> ClassifierNet:
-        """The classifier."""
-        net: ClassifierNet = self.run.model.module  # type: ignore[assignment]
-        return net
 
     @property
     def backbone(self) -> Expandable:
@@ -166,7 +157,8 @@ class Memo(Strategy):
 
     def exemplar_limit(self, stage: int) -> int:
         """What the budget leaves, or ``replay.size``; before a run the model's size is not known, so the latter."""
-        return super().exemplar_limit(stage) if self.costs is None else self.costs.exemplars(stage)
+        known = self.config.budget and hasattr(self, "costs")
+        return self.costs.exemplars(stage) if known else super().exemplar_limit(stage)
 
     # --- one task ---------------------------------------------------------------------------------------------------
     def begin_task(self, task: Task) -> None:
@@ -191,13 +183,13 @@ class Memo(Strategy):
         """Freeze what the number of blocks says is old, and note what the module consists of now."""
         old = len(self.backbone.blocks) - 1
         self.backbone.freeze(general=old > 0 and not self.config.train_base, blocks=old)
-        self._stand_ins = []
+        self._general, self._stand_ins = None, []
         self._trained = {name for name, _ in self.net.named_parameters()}
 
     def train_loader(self, task: Task) -> Iterable[Batch]:
         """New examples and exemplars; as cached features where nothing that changes comes before the new block."""
         loader = self.step_loader()
-        if self._cacheable():
+        if self._caches and self.run.position.stage > 0:
             source, batch_size = loader.source, self.run.config.eval.batch_size
             first = self._compute(source.batch(loader.positions[:1]))
             size = sum(value.nbytes for value in first) * len(loader.positions)
@@ -205,10 +197,11 @@ class Memo(Strategy):
                 loader.source = CachedMaps(source, loader.positions, self._compute, batch_size)
         return loader
 
-    def _cacheable(self) -> bool:
-        if self.config.train_base or self.run.position.stage == 0 or self.run.config.train.augment != "none":
-            return False
-        return self.run.model.tokenizer is None  # type: ignore[attr-defined]
+    @property
+    def _caches(self) -> bool:
+        """Whether features of later tasks may be kept: nothing before the new block changes, and all have one shape."""
+        changes = self.config.train_base or self.run.config.train.augment != "none"
+        return bool(self.config.cache) and not changes and self.run.model.tokenizer is None  # type: ignore[attr-defined]
 
     def _compute(self, batch: Batch) -> tuple[Tensor, Tensor]:
         batch = batch.to(self.run.engine.device)
@@ -221,8 +214,19 @@ class Memo(Strategy):
         if "maps" in inputs:
             return inputs["maps"], inputs["old"]
         x = inputs.get("x")
-        maps = self.backbone.maps(**inputs) if x is None else self.backbone.maps(self.net.scaled(x))
+        maps = self._shared(**inputs) if x is None else self._shared(self.net.scaled(x))
         return maps, self._old_features(maps, len(batch))
+
+    def _shared(self, *inputs: Tensor, **named: Tensor) -> Any:
+        """The shared part's output; frozen, by its faster double."""
+        backbone = self.backbone
+        if not backbone.frozen_general:
+            return backbone.maps(*inputs, **named)
+        if self._general is None:
+            self._general = folded(backbone.general, backbone.foldable)
+        if not inputs:
+            return self._general(**named)
+        return in_pieces(self._general, channels_last(inputs[0]))
 
     def _old_features(self, maps: Any, count: int) -> Tensor:
         blocks = self.backbone.blocks[:-1]
@@ -254,86 +258,33 @@ class Memo(Strategy):
 
     # --- exemplars --------------------------------------------------------------------------------------------------
     def select_exemplars(self) -> None:
-        """Herding with the network as it is now; then class means, the other classifier's scores, and the memory."""
+        """Herding and class means, with the network as it is now; then what all of it occupies."""
         super().select_exemplars()
-        if self.buffer is not None and self.buffer.by_features:
-            self.means = self._class_means()
-            self._score_other()
         self._log_memory()
-
-    def _class_means(self) -> NearestMeanHead:
-        """A nearest-mean head over the exemplars of every class."""
-        run = self.run
-        rows: dict[int | None, list[tuple[int, int]]] = {}
-        for ref in self.buffer.refs if self.buffer is not None else ():
-            rows.setdefault(ref.label, []).append((ref.task, ref.index))
-        head = NearestMeanHead(self.head.out_features, self.backbone.out_features)
-        size = run.config.eval.batch_size
-        for label, places in rows.items():
-            found = [
-                extract(run.model, run.encodings.train(t), size, torch.tensor([i for u, i in places if u == t]))
-                for t in sorted({t for t, _ in places})
-            ]
-            head.set(int(label or 0), class_mean(torch.cat(found)))
-        return head.to(run.engine.device)
-
-    def _score_other(self) -> None:
-        run = self.run
-        name = "nearest-mean" if self.config.serve == "linear" else "linear"
-        with self._serving(name):
-            for task in run.tasks[: run.position.stage + 1]:
-                encoded = run.encodings.eval(task)
-                score = evaluate(
-                    run.model, task, encoded, metric=task.metric, options=run.config.eval, group=run.engine.group
-                )
-                run.log(f"{name}/{task.name}", score.value)
 
     def _log_memory(self) -> None:
         """What model and exemplars occupy now, and would with the model as it is after the last task."""
-        costs = self.costs or self._costs(self.run, self.net, self.backbone)
         held = 0 if self.buffer is None else len(self.buffer)
         for when, stage in (("stage", self.run.position.stage), ("end", len(self.run.tasks) - 1)):
-            self.run.log(f"memory_{when}_aligned_mib", costs.spent(stage, held) / 2**20)
-
-    # --- what serves ------------------------------------------------------------------------------------------------
-    @contextlib.contextmanager
-    def _serving(self, which: str) -> Iterator[nn.Module]:
-        # While a task is being learned the means are those of a narrower network: the linear head serves.
-        usable = self.means is not None and self.means.in_features == self.backbone.out_features
-        if which == "linear" or not usable:
-            yield self.net
-            return
-        linear, self.net.head = self.net.head, self.means
-        try:
-            yield self.net
-        finally:
-            self.net.head = linear
-
-    def inference(self) -> contextlib.AbstractContextManager[nn.Module]:
-        """The classifier that ``serve`` names."""
-        return self._serving(self.config.serve)
+            self.run.log(f"memory_{when}_aligned_mib", self.costs.spent(stage, held) / 2**20)
 
     # --- state ------------------------------------------------------------------------------------------------------
     def state_dict(self) -> dict[str, Any]:
-        """The buffer, the structure of the module, the auxiliary head and the class means."""
+        """The buffer, the class means, the structure of the module and the auxiliary head."""
         return {
             **super().state_dict(),
             "structure": structure_of(self.net),
             "aux": None if self.aux is None else dict(self.aux.state_dict()),
-            "means": None if self.means is None else dict(self.means.state_dict()),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Inverse of :meth:`state_dict`: rebuilds the module, whose tensors are loaded next."""
         super().load_state_dict(state)
         restructure(self.net, state["structure"])
-        self.aux = self.means = None
+        self.aux = None
         if state["aux"] is not None:
             self.aux = self._aux_head(len(state["aux"]["bias"]) - 1)
             self.aux.load_state_dict(state["aux"])
-        if state["means"] is not None:
-            self.means = NearestMeanHead(*state["means"]["means"].shape).to(self.run.engine.device)
-            self.means.load_state_dict(state["means"])
         self._settle()
 
 

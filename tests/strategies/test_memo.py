@@ -296,6 +296,15 @@ class TestBudget:
             whole.heads + head,
         )
 
+    def test_measuring_what_is_cached_leaves_the_network_as_it_was(self, vision_content):
+        trainer = started(memo(vision_content, budget=2.5, counting="strict", train_base=False), 0)
+        assert trainer.strategy.costs.cached_per_exemplar == 4 * 32 * 4 * 4
+        assert not any(
+            int(m.num_batches_tracked) for m in trainer.model.module.modules() if isinstance(m, nn.BatchNorm2d)
+        )
+        plain = started(memo(vision_content, budget=2.5, counting="strict", train_base=False, cache=0), 0)
+        assert plain.strategy.exemplar_limit(0) > trainer.strategy.exemplar_limit(0)
+
     def test_memory_is_logged_stage_and_end_aligned(self, vision_content):
         result = api.run(resolve.validate(memo(vision_content)))
         now, end = events(result.run_dir, "memory_stage"), events(result.run_dir, "memory_end")
