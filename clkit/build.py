@@ -14,7 +14,6 @@ from clkit.config import EvalConfig, ModelConfig, Plugin, RunConfig
 from clkit.engine import ENGINES
 from clkit.errors import CapabilityError, ClkitError, ConfigError, DataError, ModelError, Problem
 from clkit.evaluation import SCORERS
-from clkit.loader import steps_in_stage
 from clkit.models import load_model, wrap
 from clkit.models.resolve import resolve
 from clkit.registry import STRATEGIES
@@ -119,8 +118,7 @@ def stage_steps(config: RunConfig, tasks: TaskSequence) -> list[int]:
     """Optimiser steps of each stage, by what the strategy trains on there; 0 for a stage that it skips."""
     strategy = make_strategy(config.strategy)
     strategy.run = cast(Any, SimpleNamespace(tasks=tasks, config=config))
-    stages = [strategy.training_set(stage) for stage in range(len(tasks))]
-    return [steps_in_stage(sum(len(tasks[i].train) for i in s), config.train) if s else 0 for s in stages]
+    return [strategy.steps(stage) if strategy.training_set(stage) else 0 for stage in range(len(tasks))]
 
 
 def check(config: RunConfig, tasks: TaskSequence, capabilities: Any) -> Engine:

@@ -16,7 +16,7 @@ from clkit.checkpoint import tensor_dict
 from clkit.config import RunConfig, StrategyConfig
 from clkit.engine.base import Engine
 from clkit.errors import CheckpointError, Problem
-from clkit.loader import Encodings, Pool, StepLoader
+from clkit.loader import Encodings, Pool, StepLoader, steps_in_stage
 from clkit.memory import Buffer, make_buffer
 from clkit.models.base import Model
 from clkit.rng import Streams
@@ -91,6 +91,14 @@ class TaskLoop(ABC):
     def step(self, batch: Batch) -> dict[str, float]:
         """Take one optimiser step on ``batch``; returns the loss terms."""
 
+    @abstractmethod
+    def done(self, losses: dict[str, float]) -> None:
+        """Count a step that the strategy took by itself (such as one edit): log it, score and checkpoint if it is time.
+
+        Raises:
+            Interrupted: the run was asked to stop; the step is saved.
+        """
+
 
 class Strategy(ABC):
     """A method. The defaults of every hook are plain sequential fine-tuning, with rehearsal if it is configured.
@@ -128,6 +136,12 @@ class Strategy(ABC):
     def training_set(self, stage: int) -> Sequence[int]:
         """Which tasks' examples are new at ``stage``; an empty answer skips the stage, its row of R stays empty."""
         return [stage]
+
+    def steps(self, stage: int) -> int:
+        """How many steps ``stage`` takes; known before the strategy is set up."""
+        return steps_in_stage(
+            sum(len(self.run.tasks[i].train) for i in self.training_set(stage)), self.run.config.train
+        )
 
     def begin_task(self, task: Task) -> None:
         """A new task comes. Not called again when a run resumes within the task: what it did must be in the state."""

@@ -29,7 +29,7 @@ from clkit.engine.local import LocalEngine
 from clkit.errors import NumericalError
 from clkit.evaluation.base import evaluate
 from clkit.files import disk_errors
-from clkit.loader import Encodings, split_batch, steps_in_stage
+from clkit.loader import Encodings, split_batch
 from clkit.metrics.continual import summarize
 from clkit.models.base import Model
 from clkit.progress import Progress
@@ -149,9 +149,9 @@ class SequentialTrainer:
 
     # --- one task ---------------------------------------------------------------------------------------------------
     def _learn(self, task: Task) -> None:
-        position, train = self.position, self.config.train
+        position = self.position
         count = sum(len(self.tasks[i].train) for i in self.strategy.training_set(position.stage))
-        total = steps_in_stage(count, train)
+        total = self.strategy.steps(position.stage)
         if position.step == 0:
             self.strategy.begin_task(task)
             self._start_optimizer(total)
@@ -165,10 +165,7 @@ class SequentialTrainer:
         train = self.config.train
         whole_run = train.schedule_scope == "run"
         if whole_run:
-            counts = [
-                sum(len(self.tasks[i].train) for i in self.strategy.training_set(s)) for s in range(len(self.tasks))
-            ]
-            steps = sum(steps_in_stage(c, train) for c in counts if c)
+            steps = sum(self.strategy.steps(s) for s in range(len(self.tasks)) if self.strategy.training_set(s))
         started = self.position.total_steps > 0
         self.engine.start(
             self.strategy.parameters(),
@@ -203,10 +200,13 @@ class SequentialTrainer:
         if norm is not None and not math.isfinite(norm):
             raise self._not_finite("gradient norm", {"norm": norm}, task, batch.ids)
         self._previous = batch
-        self.position.step += 1
-        self.position.total_steps += 1
+        self._count_step()
         strategy.after_step()
         return sums
+
+    def _count_step(self) -> None:
+        self.position.step += 1
+        self.position.total_steps += 1
 
     def _shares(self, parts: list[Batch]) -> list[dict[str, float]]:
         """Each micro-batch's part of every loss term, so that the sum is the mean over the whole batch."""
@@ -393,15 +393,25 @@ class _Loop(TaskLoop):
     def step(self, batch: Batch) -> dict[str, float]:
         return {name: float(value) for name, value in self._take(batch).items()}
 
+    def done(self, losses: dict[str, float]) -> None:
+        self._trainer._count_step()
+        self._after(losses, None)
+
     def _take(self, batch: Batch) -> dict[str, torch.Tensor]:
-        trainer, config = self._trainer, self._trainer.config
-        rate = trainer.engine.learning_rate
-        terms = trainer._step(batch, self._task)
-        step = trainer.position.step
+        rate = self._trainer.engine.learning_rate
+        terms = self._trainer._step(batch, self._task)
         self._tokens += batch.labels.numel()
+        self._after(terms, rate)
+        return terms
+
+    def _after(self, terms: Mapping[str, torch.Tensor | float], rate: float | None) -> None:
+        """What follows a step: log, score and checkpoint when it is time, stop when asked to."""
+        trainer, config = self._trainer, self._trainer.config
+        step = trainer.position.step
         if step % config.tracking.log_every == 0 or step == 1:
             losses = {name: float(value) for name, value in terms.items()}
-            trainer._event("step", task=self._task.name, step=step, losses=losses, learning_rate=rate)
+            extra = {} if rate is None else {"learning_rate": rate}
+            trainer._event("step", task=self._task.name, step=step, losses=losses, **extra)
             now = time.perf_counter()
             self._bar.show(losses, self._tokens / max(now - self._since, 1e-9))
             self._since, self._tokens = now, 0
@@ -411,4 +421,3 @@ class _Loop(TaskLoop):
             trainer.model.module.train()
         if trainer._stop or (config.checkpoint.every_steps and step % config.checkpoint.every_steps == 0):
             trainer._checkpoint()
-        return terms
