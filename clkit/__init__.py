@@ -20,12 +20,16 @@ _LAZY = {
     "Strategy": "clkit.strategy",
     "Task": "clkit.tasks.base",
     "TaskSequence": "clkit.tasks.base",
+    "Editor": "clkit.editing.editor",
+    "EditRequest": "clkit.editing.request",
     "ClkitError": "clkit.errors",
 }
 _MODULES = ("analysis",)
 
 __all__ = [
     "ClkitError",
+    "EditRequest",
+    "Editor",
     "RunConfig",
     "RunResult",
     "SequentialTrainer",
@@ -42,6 +46,8 @@ if TYPE_CHECKING:
     from clkit import analysis
     from clkit.api import fit, open_run, run
     from clkit.config import RunConfig
+    from clkit.editing.editor import Editor
+    from clkit.editing.request import EditRequest
     from clkit.errors import ClkitError
     from clkit.result import RunResult
     from clkit.strategy import Strategy

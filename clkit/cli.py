@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from clkit.editing.cli import add_edit_command
 from clkit.errors import ClkitError, ConfigError
 
 _EXIT_INTERRUPTED = 130
@@ -104,6 +105,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     export.add_argument("run_dir", metavar="RUN", type=Path, help="a run directory")
     export.add_argument("target", type=Path, help="a new directory")
+
+    add_edit_command(commands, _add)
 
     report = _add(
         commands,

@@ -217,10 +217,13 @@ def _leaves(cls: type, fields: Mapping[str, Any], hints: Mapping[str, Any]) -> t
 
 
 def _widen(value: Any, hint: Any) -> Any:
-    """Whole numbers where a float is expected: 1 is a fine learning rate."""
+    """Whole numbers where a float or a text is expected: 1 is a fine learning rate, 25 the name of a layer."""
     if isinstance(value, list):
         return [_widen(v, *typing.get_args(hint)[:1] or (None,)) for v in value]
-    return float(value) if hint is float and isinstance(value, int) and not isinstance(value, bool) else value
+    wanted = {hint, *typing.get_args(hint)}
+    if not isinstance(value, int) or isinstance(value, bool) or int in wanted:
+        return value
+    return float(value) if float in wanted else str(value) if hint is str else value
 
 
 def _plain(value: Any) -> Any:

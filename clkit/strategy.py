@@ -98,6 +98,14 @@ class TaskLoop(ABC):
     def step(self, batch: Batch) -> dict[str, float]:
         """Take one optimiser step on ``batch``; returns the loss terms."""
 
+    @abstractmethod
+    def done(self, losses: dict[str, float]) -> None:
+        """Count a step that the strategy took by itself (such as one edit): log it, score and checkpoint if it is time.
+
+        Raises:
+            Interrupted: the run was asked to stop; the step is saved.
+        """
+
 
 class Strategy(ABC):
     """A method. The defaults of every hook are plain sequential fine-tuning, with rehearsal if it is configured.

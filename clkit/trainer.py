@@ -10,7 +10,6 @@ The whole loop, top to bottom::
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import math
 import shutil
 import time
@@ -43,7 +42,7 @@ from clkit.rundir import RunDirectory
 from clkit.scores import Scores
 from clkit.signals import Interrupted, stop_on_signal
 from clkit.strategy import Position, RunContext, Strategy, TaskLoop
-from clkit.tasks.augment import augment
+from clkit.tasks.augment import augmented
 from clkit.tasks.base import Task, TaskSequence
 from clkit.tasks.batch import Batch
 
@@ -191,7 +190,7 @@ class SequentialTrainer:
         shares = self._shares(parts) if len(parts) > 1 else [{}]
         sums: dict[str, torch.Tensor] = {}
         for part, share in zip(parts, shares, strict=True):
-            part = self._augmented(part.to(engine.device))
+            part = augmented(part.to(engine.device), self.config.train.augment, self.run.streams)
             with engine.autocast():
                 terms = strategy.loss(part)
                 if share:
@@ -209,17 +208,13 @@ class SequentialTrainer:
         if norm is not None and not math.isfinite(norm):
             raise self._not_finite("gradient norm", {"norm": norm}, task, batch.ids)
         self._previous = batch
-        self.position.step += 1
-        self.position.total_steps += 1
+        self._count_step()
         strategy.after_step()
         return sums
 
-    def _augmented(self, batch: Batch) -> Batch:
-        kind = self.config.train.augment
-        if kind == "none":
-            return batch
-        images = augment(batch.inputs["x"], kind, self.run.streams["augment"])
-        return dataclasses.replace(batch, inputs={**batch.inputs, "x": images})
+    def _count_step(self) -> None:
+        self.position.step += 1
+        self.position.total_steps += 1
 
     def _shares(self, parts: list[Batch]) -> list[dict[str, float]]:
         """Each micro-batch's part of every loss term, so that the sum is the mean over the whole batch."""
@@ -423,15 +418,25 @@ class _Loop(TaskLoop):
     def step(self, batch: Batch) -> dict[str, float]:
         return {name: float(value) for name, value in self._take(batch).items()}
 
+    def done(self, losses: dict[str, float]) -> None:
+        self._trainer._count_step()
+        self._after(losses, None)
+
     def _take(self, batch: Batch) -> dict[str, torch.Tensor]:
-        trainer, config = self._trainer, self._trainer.config
-        rate = trainer.engine.learning_rate
-        terms = trainer._step(batch, self._task)
-        step = trainer.position.step
+        rate = self._trainer.engine.learning_rate
+        terms = self._trainer._step(batch, self._task)
         self._tokens += batch.labels.numel()
+        self._after(terms, rate)
+        return terms
+
+    def _after(self, terms: Mapping[str, torch.Tensor | float], rate: float | None) -> None:
+        """What follows a step: log, score and checkpoint when it is time, stop when asked to."""
+        trainer, config = self._trainer, self._trainer.config
+        step = trainer.position.step
         if step % config.tracking.log_every == 0 or step == 1:
             losses = {name: float(value) for name, value in terms.items()}
-            trainer._event("step", task=self._task.name, step=step, losses=losses, learning_rate=rate)
+            extra = {} if rate is None else {"learning_rate": rate}
+            trainer._event("step", task=self._task.name, step=step, losses=losses, **extra)
             now = time.perf_counter()
             self._bar.show(losses, self._tokens / max(now - self._since, 1e-9))
             self._since, self._tokens = now, 0
@@ -442,4 +447,3 @@ class _Loop(TaskLoop):
             trainer.model.module.train()
         if trainer._stop or (config.checkpoint.every_steps and step % config.checkpoint.every_steps == 0):
             trainer._checkpoint()
-        return terms

@@ -163,7 +163,7 @@ def _records_task(draft: _Draft, config: RecordsConfig, seed: int) -> Task:
     metric = config.metric
     if metric == "auto":
         choice = config.kind == "text" and all(isinstance(r, TextRecord) and r.options for r in sets[1])
-        metric = "option-loglik" if choice else "exact-match"
+        metric = "edit-exact" if config.kind == "edit" else "option-loglik" if choice else "exact-match"
     return Task(draft.raw.name, train, eval, cast(Kind, config.kind), metric, metadata=metadata)
 
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from clkit.errors import CapabilityError
+from clkit.rng import Streams
+from clkit.tasks.batch import Batch
 
 #: Largest change of brightness, as the class-incremental literature has it on CIFAR.
 BRIGHTNESS = 63 / 255
@@ -44,3 +48,12 @@ def augment(images: Tensor, kind: str, generator: torch.Generator) -> Tensor:
         factors = (1 + BRIGHTNESS * (2 * draws[:, 3] - 1)).float()[:, None, None, None]
         pixels = (pixels * factors).clamp_(max=255).to(torch.uint8)
     return pixels.permute(0, 3, 1, 2)
+
+
+def augmented(batch: Batch, kind: str, streams: Streams) -> Batch:
+    """The batch with its images changed as ``train.augment`` says; ``none`` leaves it as it is."""
+    if kind == "none":
+        return batch
+    return dataclasses.replace(
+        batch, inputs={**batch.inputs, "x": augment(batch.inputs["x"], kind, streams["augment"])}
+    )

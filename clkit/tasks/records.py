@@ -23,7 +23,7 @@ class RecordsConfig(SplitConfig):
     kind: str = opt("text", "what a record is", choices=("text", "classification", "edit"))
     metric: str = opt(
         "auto",
-        "score of text and edits; auto = option-loglik for text with options, else exact-match "
+        "score of text and edits; auto = option-loglik for text with options, edit-exact for edits, else exact-match "
         "(classification always uses accuracy)",
     )
     options: str = opt(

@@ -10,10 +10,11 @@ if TYPE_CHECKING:
     from clkit.strategies.wise.core import Wise as Wise
     from clkit.strategies.wise.merge import merge as merge
     from clkit.strategies.wise.router import Decision as Decision
+    from clkit.strategies.wise.strategy import WISE as WISE
 
 # Imported on first use: listing the strategies imports this package and must not import torch.
-_HOMES = {"Decision": "router", "WISEConfig": "config", "Wise": "core", "merge": "merge"}
-__all__ = ["Decision", "WISEConfig", "Wise", "merge"]
+_HOMES = {"Decision": "router", "WISE": "strategy", "WISEConfig": "config", "Wise": "core", "merge": "merge"}
+__all__ = ["WISE", "Decision", "WISEConfig", "Wise", "merge"]
 
 
 def __getattr__(name: str) -> Any:

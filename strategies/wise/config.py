@@ -40,7 +40,7 @@ class WISEConfig(StrategyConfig):
     gamma: float | None = opt(None, "smallest distance wanted between the two", above=0)
     clamp: float = opt(1.0, "largest change of one weight", above=0)
     slack: float = opt(0.88, "a memory answers above its threshold times this", above=0, max=1)
-    stop_loss: float = opt(0.02, "an edit is learned when its loss is below", min=0)
+    stop_loss: float | None = opt(None, "an edit is learned when its loss is not above", min=0)
     contexts: int = opt(
         10, "texts that the model writes itself, put before the prompt to learn paraphrases", min=0, max=10
     )
@@ -55,9 +55,9 @@ class WISEConfig(StrategyConfig):
 
 
 # Measured on SmolLM2-135M and -360M, README.md "Defaults".
-DEFAULTS = {"steps": 50, "learning_rate": 0.1, "alpha": 0.1, "beta": 0.4, "gamma": 0.2}
+DEFAULTS = {"steps": 50, "learning_rate": 0.1, "alpha": 0.1, "beta": 0.4, "gamma": 0.2, "stop_loss": 0.05}
 # EasyEdit @ 14cea82, hparams/WISE/llama-7b.yaml.
-PUBLISHED = {"steps": 70, "learning_rate": 1.0, "alpha": 5.0, "beta": 20.0, "gamma": 10.0}
+PUBLISHED = {"steps": 70, "learning_rate": 1.0, "alpha": 5.0, "beta": 20.0, "gamma": 10.0, "stop_loss": 0.02}
 
 
 def settled(config: WISEConfig) -> WISEConfig:

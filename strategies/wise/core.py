@@ -139,8 +139,8 @@ class Wise:
         may move.
         """
         c = self.config
-        numbers = (c.steps, c.learning_rate, c.alpha, c.beta, c.gamma)
-        steps, rate, *margins = (n if n is not None else math.nan for n in numbers)
+        numbers = (c.steps, c.learning_rate, c.stop_loss, c.alpha, c.beta, c.gamma)
+        steps, rate, stop, *margins = (n if n is not None else math.nan for n in numbers)
         unit, step = 1.0, 1.0
         if not c.compat:
             if self._units is None:
@@ -148,7 +148,7 @@ class Wise:
                 self._units = float(outputs.norm(dim=-1).median()), float(inputs.square().sum(dim=-1).median())
             unit, squared = self._units
             step = unit * unit / (squared * c.mask_ratio)
-        return Settings(int(steps), rate * step, *margins, c.clamp, c.stop_loss, unit)
+        return Settings(int(steps), rate * step, *margins, c.clamp, stop, unit)
 
     def _zeros(self) -> Tensor:
         return torch.zeros(self.location.shape, device=self.location.device)

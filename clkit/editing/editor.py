@@ -1,0 +1,311 @@
+"""The Editor: load a model, edit it, ask it, see why it answers, take edits back, save."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from clkit.config import LoraConfig, ModelConfig, Plugin
+from clkit.editing.journal import Journal
+from clkit.editing.request import EditRequest, checked, conflicts
+from clkit.editing.store import (
+    Saved,
+    check_base,
+    fingerprint,
+    make_strategy,
+    read_edits,
+    state_of,
+    states,
+    write_head,
+)
+from clkit.editing.strategy import EditStrategy, Explanation, language_model
+from clkit.errors import CheckpointError, Problem, RequestError, did_you_mean
+from clkit.evaluation.base import evaluation_mode
+from clkit.evaluation.editing import forced_tokens
+from clkit.metrics.editing import token_accuracy
+from clkit.models import load_model
+from clkit.models.causal_lm import CausalLM
+from clkit.models.encoded_text import EncodedText
+from clkit.rng import fresh_generator
+from clkit.tasks.base import EditRecord, TextRecord
+
+ON_CONFLICT = ("error", "replace")
+
+
+@dataclass(frozen=True)
+class Rollback:
+    """What a rollback changed.
+
+    Attributes:
+        removed: ids of the edits that are gone.
+        relearned: ids of edits in the same memory, learned again without them.
+    """
+
+    removed: tuple[str, ...]
+    relearned: tuple[str, ...]
+
+
+class Editor:
+    """A language model and the edits on it.
+
+    Made by :meth:`load`. With a directory every edit is on the disk before the next one begins: the state is written
+    whole, then a line is added to ``journal.jsonl``.
+
+    Attributes:
+        model: the language model; ``model.module`` is an ordinary transformers model that answers with the edits.
+        strategy: the method.
+        records: active edits by id, in the order in which they were learned.
+        journal: what was done.
+        directory: where everything is kept, or None.
+    """
+
+    def __init__(
+        self,
+        model: CausalLM,
+        strategy: EditStrategy,
+        plugin: Plugin,
+        seed: int = 0,
+        directory: Path | None = None,
+        base: str | None = None,
+    ) -> None:
+        self.model, self.strategy, self.seed = model, strategy, seed
+        self.records: dict[str, EditRecord] = {}
+        self.journal = Journal()
+        self.directory: Path | None = None
+        self._plugin = plugin
+        self._base = base or fingerprint(model.module)
+        model.module.eval()
+        strategy.attach(model, seed)
+        if directory is not None:
+            self._settle_in(directory)
+
+    @classmethod
+    def load(
+        cls,
+        model: str | Path,
+        strategy: str | Mapping[str, Any] = "wise",
+        *,
+        directory: str | Path | None = None,
+        seed: int = 0,
+        device: str | None = None,
+        **options: Any,
+    ) -> Editor:
+        """Load a model to edit, or a directory of edits with its model.
+
+        Args:
+            model: alias, hub id or directory of a model; or a directory written by :meth:`save`.
+            strategy: a method's name, or its section of a configuration; a saved directory brings its own.
+            directory: where edits are kept as they are made; one that holds edits is gone on with.
+            seed: of the method.
+            device: cpu or cuda; by default a GPU when there is one.
+            **options: further options of the model (``dtype``, ``prompt``, ``max_length``).
+
+        Raises:
+            ConfigError, ModelError: an option is wrong, the model can't be loaded, or it is not the one of the edits.
+            CheckpointError: the directory can't be read.
+
+        Example:
+            >>> editor = clkit.Editor.load("smollm2-135m", strategy="wise")  # doctest: +SKIP
+        """
+        path, home = Path(model), Path(directory) if directory is not None else None
+        source = next((p for p in (home, path) if p is not None and (p / "edits.json").is_file()), None)
+        saved = read_edits(source) if source is not None else None
+        if saved is not None:
+            name = saved.model["name"] if source == path else str(model)
+            options = {"prompt": saved.model["prompt"], "max_length": saved.model["max_length"], **options}
+            strategy, seed = saved.strategy, saved.seed
+        else:
+            name = str(model)
+        place = torch.device(device) if device else torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        method, plugin = make_strategy(strategy)
+        loaded = load_model(
+            ModelConfig(name=name, lora=LoraConfig(r=0), **{"dtype": "float32", **options}),
+            generator=fresh_generator(seed, "model"),
+            device=place,
+        )
+        loaded.module.to(place)
+        if saved is not None:
+            check_base(loaded.module, saved)
+        editor = cls(language_model(loaded), method, plugin, seed, None, saved.base if saved is not None else None)
+        if saved is not None:
+            editor._resume(saved, keep=source == home)
+        if home is not None and (saved is None or source != home):
+            editor._settle_in(home)
+        return editor
+
+    # --- editing ----------------------------------------------------------------------------------------------------
+    def edit(
+        self,
+        requests: Iterable[EditRequest | Mapping[str, Any]] | Sequence[EditRecord],
+        *,
+        on_conflict: str = "error",
+        progress: Callable[[dict[str, Any]], None] | None = None,
+    ) -> list[dict[str, Any]]:
+        """Learn edits one after another; those that are active already are left out.
+
+        Args:
+            requests: what to change.
+            on_conflict: ``error``, or ``replace``: the last of several answers to one prompt wins.
+            progress: gets each journal entry.
+
+        Returns:
+            The journal's entries of the edits made.
+
+        Raises:
+            RequestError: a request is malformed or conflicts with another; nothing was edited.
+        """
+        given = list(requests)
+        records = [r for r in given if isinstance(r, EditRecord)]
+        if len(records) < len(given):
+            records = checked(given)  # type: ignore[arg-type]
+        self._check(records, on_conflict)
+        made = []
+        for record in records:
+            if record.id in self.records:
+                continue
+            for earlier, _ in conflicts([record], self.records.values()):
+                self.rollback(earlier.id)
+            made.append(self._edit(record))
+            if progress is not None:
+                progress(made[-1])
+        if made:
+            self.strategy.settle()
+            self._keep(None)
+        return made
+
+    def _check(self, records: Sequence[EditRecord], on_conflict: str) -> None:
+        if on_conflict not in ON_CONFLICT:
+            raise RequestError(f"on_conflict: got '{on_conflict}', expected one of: {', '.join(ON_CONFLICT)}")
+        problems = []
+        seen: dict[str, EditRecord] = dict(self.records)
+        for record in records:
+            same = seen.setdefault(record.id, record)
+            if (same.prompt, same.target_new) != (record.prompt, record.target_new):
+                problems.append(Problem(f"edit '{record.id}'", "the id is used by another edit already"))
+        if on_conflict == "error":
+            problems += [
+                Problem(
+                    f"edit '{later.id}'",
+                    f"{later.prompt!r} -> {later.target_new!r}, but edit '{earlier.id}' says {earlier.target_new!r}",
+                )
+                for earlier, later in conflicts(records, self.records.values())
+            ]
+        if problems:
+            hint = " (on_conflict='replace' lets the last one win)" if on_conflict == "error" else ""
+            raise RequestError.collect(f"Some edits conflict; nothing was edited{hint}:", problems)
+
+    def _edit(self, record: EditRecord) -> dict[str, Any]:
+        before, since = self.scores(record), time.perf_counter()
+        outcome = self.strategy.learn(record)
+        seconds = round(time.perf_counter() - since, 3)
+        self.records[record.id] = record
+        entry = {
+            "kind": "edit",
+            "id": record.id,
+            "request": {k: getattr(record, k) for k in EditRecord.__slots__ if getattr(record, k) is not None},
+            "before": before,
+            "after": self.scores(record),
+            "memory": outcome.memory,
+            "steps": outcome.steps,
+            "losses": dict(outcome.losses),
+            "seconds": seconds,
+        }
+        return self._record(entry)
+
+    def rollback(self, name: str) -> Rollback:
+        """Take back an edit, or all edits of a memory.
+
+        Args:
+            name: id of an active edit, or a memory's name as in :meth:`explain`.
+
+        Raises:
+            RequestError: there is no such edit or memory.
+        """
+        memories = self.memories()
+        ids = [name] if name in self.records else memories.get(name, [])
+        if not ids:
+            known = [*self.records, *memories]
+            raise RequestError(f"There is no active edit or memory '{name}'.{did_you_mean(name, known)}")
+        again = self.strategy.forget(ids, dict(self.records))
+        for i in ids:
+            del self.records[i]
+        self._record({"kind": "rollback", "ids": ids, "relearned": again})
+        return Rollback(tuple(ids), tuple(again))
+
+    def memories(self) -> dict[str, list[str]]:
+        """The edits of each memory, by its name."""
+        return {name: [i for i in ids if i in self.records] for name, ids in self.strategy.holdings().items()}
+
+    # --- asking -----------------------------------------------------------------------------------------------------
+    def generate(self, prompt: str, max_new_tokens: int = 64) -> str:
+        """Answer a prompt greedily, to its natural end."""
+        record = TextRecord(prompt, "the", "prompt")
+        encoded = EncodedText([record], self.model.form, self.model.max_length)
+        with evaluation_mode(self.model):
+            return self.model.generate(encoded, [0], max_new_tokens)[0]
+
+    def explain(self, prompt: str) -> Explanation:
+        """Which memory answers a prompt, with which score, and which edits are nearest."""
+        with evaluation_mode(self.model):
+            return self.strategy.explain(prompt)
+
+    def scores(self, record: EditRecord) -> dict[str, float]:
+        """Teacher-forced token accuracy of prompt, rephrase and locality answer, as the model is now."""
+        asked = {"prompt": (record.prompt, record.target_new)}
+        if record.rephrase_prompt:
+            asked["rephrase"] = (record.rephrase_prompt, record.target_new)
+        if record.locality_prompt and record.locality_answer:
+            asked["locality"] = (record.locality_prompt, record.locality_answer)
+        rows = [TextRecord(prompt, answer, name) for name, (prompt, answer) in asked.items()]
+        encoded = EncodedText(rows, self.model.form, self.model.max_length)
+        with evaluation_mode(self.model):
+            pairs = forced_tokens(self.model, encoded, range(len(rows)))
+        return {name: token_accuracy(*pair) for name, pair in zip(asked, pairs, strict=True)}
+
+    # --- keeping ----------------------------------------------------------------------------------------------------
+    def save(self, directory: str | Path) -> Path:
+        """Write the edits, without the base weights, into a new directory.
+
+        Raises:
+            CheckpointError: there are edits in it already, or it can't be written.
+        """
+        path = Path(directory)
+        if (path / "edits.json").exists():
+            raise CheckpointError(f"{path}: holds edits already; choose another directory")
+        write_head(path, self.model, self._plugin, self.seed, self._base)
+        last = self.journal.entries[-1] if self.journal.entries else None
+        states(path).save(state_of(self.strategy, self.records, last))
+        copy = Journal(path / "journal.jsonl")
+        for entry in self.journal.entries:
+            copy.append(entry)
+        return path
+
+    def _settle_in(self, directory: Path) -> None:
+        self.save(directory)
+        self.journal = Journal(directory / "journal.jsonl", self.journal.entries)
+        self.directory = directory
+
+    def _resume(self, saved: Saved, keep: bool) -> None:
+        self.strategy.load_memory_state(dict(saved.state["memory"]))
+        self.records = saved.records()
+        journal = Journal.open(saved.path / "journal.jsonl")
+        if keep:
+            journal.complete(saved.state["entry"])
+            self.directory = saved.path
+        self.journal = journal if keep else Journal(None, journal.entries)
+
+    def _record(self, entry: dict[str, Any]) -> dict[str, Any]:
+        entry = {"number": len(self.journal.entries) + 1, "time": round(time.time(), 3), **entry}
+        self._keep(entry)
+        self.journal.append(entry)
+        return entry
+
+    def _keep(self, entry: dict[str, Any] | None) -> None:
+        if self.directory is not None:
+            last = entry or (self.journal.entries[-1] if self.journal.entries else None)
+            states(self.directory).save(state_of(self.strategy, self.records, last))

@@ -1,0 +1,66 @@
+"""The journal of an edited model: one JSON object per line for every edit and every rollback, never rewritten."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from clkit.errors import CheckpointError
+from clkit.files import disk_errors
+
+
+class Journal:
+    """An append-only JSONL file; every line is on the disk before :meth:`append` returns.
+
+    Args:
+        path: the file; None keeps the journal in memory only.
+        entries: what is in it already.
+    """
+
+    def __init__(self, path: Path | None = None, entries: list[dict[str, Any]] | None = None) -> None:
+        self.path = path
+        self.entries = list(entries or [])
+
+    @classmethod
+    def open(cls, path: Path) -> Journal:
+        """Read an existing journal, or start one. A last line that a crash cut off is dropped.
+
+        Raises:
+            CheckpointError: a line before the last one is no JSON object.
+        """
+        journal = cls(path)
+        if not path.is_file():
+            return journal
+        raw = path.read_bytes()
+        whole = raw[: raw.rfind(b"\n") + 1]
+        for number, line in enumerate(whole.splitlines(), start=1):
+            try:
+                entry = json.loads(line)
+            except ValueError as error:
+                raise CheckpointError(f"{path}:{number}: damaged journal ({error}); restore it from a copy.") from error
+            journal.entries.append(entry)
+        if len(whole) < len(raw):
+            with disk_errors(path), path.open("r+b") as file:
+                file.truncate(len(whole))
+        return journal
+
+    def append(self, entry: dict[str, Any]) -> None:
+        """Write one entry and wait until it is on the disk.
+
+        Raises:
+            CheckpointError: it can't be written.
+        """
+        if self.path is not None:
+            line = json.dumps(entry, ensure_ascii=False, allow_nan=False) + "\n"
+            with disk_errors(self.path), self.path.open("a", encoding="utf-8") as file:
+                file.write(line)
+                file.flush()
+                os.fsync(file.fileno())
+        self.entries.append(entry)
+
+    def complete(self, entry: dict[str, Any] | None) -> None:
+        """Append an entry that was saved with the state, if the process was killed before it got here."""
+        if entry is not None and (not self.entries or self.entries[-1]["number"] < entry["number"]):
+            self.append(entry)

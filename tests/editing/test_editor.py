@@ -1,0 +1,315 @@
+"""The Editor: requests in, an edited model, a journal, rollback, a directory that loads elsewhere, the command line."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+import clkit
+from clkit.cli import main
+from clkit.editing import attach
+from clkit.editing.journal import Journal
+from clkit.editing.store import fingerprint
+from clkit.errors import CheckpointError, ConfigError, ModelError, RequestError
+
+METHOD = {
+    "name": "wise",
+    "layer": "0",
+    "steps": 8,
+    "contexts": 1,
+    "negatives": 1,
+    "shard_size": 2,
+    "merge_every": 0,
+    "learning_rate": 0.3,
+}
+PROMPTS = ("Town of 0?", "Town of 2?", "something else")
+
+
+def request(i, **fields):
+    content = {"prompt": f"Town of {i}?", "target_new": "ab"[i % 2], "id": f"e{i}", "locality_prompt": f"Sum {i}?"}
+    return clkit.EditRequest(**(content | fields))
+
+
+@pytest.fixture
+def load(tiny_llama):
+    def make(where=None, **options):
+        return clkit.Editor.load(where or tiny_llama, METHOD, device="cpu", **({"prompt": "plain"} | options))
+
+    return make
+
+
+@pytest.fixture
+def edited(load):
+    editor = load()
+    editor.edit([request(i) for i in range(3)])
+    return editor
+
+
+def logits(module, tokenizer, prompt):
+    with torch.inference_mode():
+        return module(torch.tensor([tokenizer(prompt).input_ids])).logits
+
+
+def same(a, b):
+    return all(
+        torch.equal(logits(a.model.module, a.model.tokenizer, p), logits(b.model.module, b.model.tokenizer, p))
+        for p in PROMPTS
+    )
+
+
+# --- editing ----------------------------------------------------------------------------------------------------------
+def test_the_journal_says_what_was_done(edited):
+    first = edited.journal.entries[0]
+    assert [e["id"] for e in edited.journal.entries] == ["e0", "e1", "e2"]
+    assert first["request"]["target_new"] == "a" and first["memory"] == "shard-0"
+    assert set(first["before"]) == set(first["after"]) == {"prompt"}
+    assert first["number"] == 1 and first["time"] <= time.time()
+    assert edited.memories() == {"shard-0": ["e0", "e1"], "shard-1": ["e2"]}
+
+
+def test_scores_have_rephrase_and_locality_where_they_are_given(load):
+    editor = load()
+    (entry,) = editor.edit([request(0, rephrase_prompt="Which town is 0?", locality_answer="c")])
+    assert set(entry["after"]) == {"prompt", "rephrase", "locality"}
+    assert all(0 <= v <= 1 for v in entry["after"].values())
+
+
+def test_the_same_requests_again_change_nothing(edited):
+    assert edited.edit([request(i) for i in range(3)]) == []
+    assert len(edited.journal.entries) == 3
+
+
+def test_generate_and_explain(edited):
+    assert isinstance(edited.generate("Town of 0?", 3), str)
+    why = edited.explain("Town of 0?")
+    assert why.memory in (None, "shard-0", "shard-1") and set(why.scores) == set(why.thresholds) == {
+        "shard-0",
+        "shard-1",
+    }
+    assert why.nearest[0] == ("e0", pytest.approx(1.0, abs=1e-5))
+
+
+# --- refusals ---------------------------------------------------------------------------------------------------------
+def test_malformed_requests_are_all_listed_and_nothing_is_edited(load):
+    editor = load()
+    wrong = [
+        {"prompt": "a"},
+        {"prompt": "", "target_new": "x"},
+        {"prompt": "a", "target": "b", "target_new": "x"},
+        5,
+        request(1),
+    ]
+    with pytest.raises(RequestError) as caught:
+        editor.edit(wrong)
+    text = str(caught.value)
+    for part in (
+        "request 1: 'target_new' is missing",
+        "request 2: 'prompt' must be text",
+        "unknown field 'target'",
+        "request 4: got int",
+    ):
+        assert part in text
+    assert not editor.records and not editor.journal.entries
+
+
+def test_conflicts_are_reported_and_replaced_only_when_asked(edited):
+    other = request(0, target_new="b", id="new")
+    with pytest.raises(RequestError, match=r"edit 'new'.*but edit 'e0' says 'a'"):
+        edited.edit([other])
+    with pytest.raises(RequestError, match="the id is used by another edit"):
+        edited.edit([request(5, id="e1")])
+    assert list(edited.records) == ["e0", "e1", "e2"]
+    edited.edit([other], on_conflict="replace")
+    assert list(edited.records) == ["e1", "e2", "new"]
+    assert [e["kind"] for e in edited.journal.entries] == ["edit"] * 3 + ["rollback", "edit"]
+
+
+def test_a_strategy_that_does_not_edit_is_refused(tiny_llama):
+    with pytest.raises(ConfigError, match="'naive' does not edit; take one of: .*wise"):
+        clkit.Editor.load(tiny_llama, "naive")
+
+
+# --- rollback ---------------------------------------------------------------------------------------------------------
+def test_rollback_of_an_edit_says_what_was_learned_again(edited):
+    gone = edited.rollback("e0")
+    assert gone.removed == ("e0",) and gone.relearned == ("e1",)
+    assert edited.memories() == {"shard-0": ["e1"], "shard-1": ["e2"]}
+    assert edited.journal.entries[-1]["kind"] == "rollback"
+    with pytest.raises(RequestError, match="no active edit or memory 'e0'"):
+        edited.rollback("e0")
+
+
+def test_rollback_of_everything_is_the_unedited_model(edited, load):
+    edited.rollback("shard-0")
+    edited.rollback("e2")
+    assert same(edited, load())
+
+
+# --- saving -----------------------------------------------------------------------------------------------------------
+def test_a_saved_directory_loads_and_goes_on(edited, load, tmp_path):
+    edited.save(tmp_path / "saved")
+    loaded = load(tmp_path / "saved")
+    assert same(edited, loaded) and list(loaded.records) == list(edited.records)
+    assert [e["id"] for e in loaded.journal.entries] == ["e0", "e1", "e2"]
+    for editor in (edited, loaded):
+        editor.edit([request(3)])
+    assert same(edited, loaded)
+    with pytest.raises(CheckpointError, match="holds edits already"):
+        edited.save(tmp_path / "saved")
+    sizes = [f.stat().st_size for f in (tmp_path / "saved" / "state").rglob("*.safetensors")]
+    assert sum(sizes) < 4 * 32 * 64 * 4
+
+
+def test_attach_puts_the_edits_on_a_model_in_memory_and_takes_them_off(edited, tiny_llama, tmp_path):
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, pipeline
+
+    edited.save(tmp_path / "saved")
+    base = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32).eval()
+    tokenizer = edited.model.tokenizer
+    plain = [logits(base, tokenizer, p) for p in PROMPTS]
+    strategy = attach(base, tmp_path / "saved")
+    for prompt in PROMPTS:
+        assert torch.equal(logits(base, tokenizer, prompt), logits(edited.model.module, tokenizer, prompt))
+    write = pipeline("text-generation", model=base, tokenizer=tokenizer, device="cpu")
+    text = write("Town of 0?", max_new_tokens=4, do_sample=False)[0]["generated_text"]
+    assert text.startswith("Town of 0?")
+    strategy.detach()
+    assert all(torch.equal(logits(base, tokenizer, p), b) for p, b in zip(PROMPTS, plain, strict=True))
+    wrapped = get_peft_model(base, LoraConfig(r=2, target_modules=["down_proj"])).eval()
+    attach(wrapped, tmp_path / "saved")
+    for prompt in PROMPTS:
+        torch.testing.assert_close(
+            logits(wrapped, tokenizer, prompt), logits(edited.model.module, tokenizer, prompt), rtol=0, atol=1e-5
+        )
+
+
+def test_another_base_model_is_refused(edited, tiny_llama, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    edited.save(tmp_path / "saved")
+    base = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+    assert fingerprint(base) == fingerprint(base.to(torch.bfloat16)) == edited._base
+    with torch.no_grad():
+        base.model.layers[1].mlp.up_proj.weight[0, 0] += 1
+    with pytest.raises(ModelError, match="this model has other weights"):
+        attach(base, tmp_path / "saved")
+    with pytest.raises(CheckpointError, match="no directory of edits"):
+        attach(base, tmp_path)
+
+
+# --- the journal on disk ----------------------------------------------------------------------------------------------
+def test_a_line_that_was_cut_off_is_dropped_and_a_damaged_one_is_an_error(tmp_path):
+    journal = Journal(tmp_path / "j.jsonl")
+    journal.append({"number": 1})
+    journal.append({"number": 2})
+    with (tmp_path / "j.jsonl").open("a") as file:
+        file.write('{"number": 3, "x')
+    again = Journal.open(tmp_path / "j.jsonl")
+    assert again.entries == [{"number": 1}, {"number": 2}]
+    again.complete({"number": 2})
+    again.complete({"number": 3})
+    assert Journal.open(tmp_path / "j.jsonl").entries == [{"number": 1}, {"number": 2}, {"number": 3}]
+    (tmp_path / "j.jsonl").write_text('{"number": 1}\nnot json\n{"number": 3}\n')
+    with pytest.raises(CheckpointError, match="j.jsonl:2: damaged journal"):
+        Journal.open(tmp_path / "j.jsonl")
+
+
+@pytest.mark.parametrize("moment", ["before the state", "between state and journal"])
+def test_a_process_that_dies_loses_no_edit_and_applies_none_twice(load, tmp_path, monkeypatch, moment):
+    whole = load(directory=tmp_path / "whole")
+    whole.edit([request(i) for i in range(3)])
+    editor = load(directory=tmp_path / "cut")
+    editor.edit([request(0)])
+
+    def die(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(editor, "_keep", die) if moment == "before the state" else patch.setattr(
+            editor.journal, "append", die
+        )
+        editor.edit([request(1)])
+    again = load(directory=tmp_path / "cut")
+    assert list(again.records) == (["e0"] if moment == "before the state" else ["e0", "e1"])
+    again.edit([request(i) for i in range(3)])
+    assert [e["id"] for e in Journal.open(tmp_path / "cut" / "journal.jsonl").entries] == ["e0", "e1", "e2"]
+    assert same(again, whole)
+
+
+# --- the command line -------------------------------------------------------------------------------------------------
+@pytest.fixture
+def command(tiny_llama, tmp_path):
+    rows = [
+        {"prompt": f"Town of {i}?", "target_new": "ab"[i % 2], "id": f"e{i}", "locality_prompt": "Sum?"}
+        for i in range(3)
+    ]
+    file = tmp_path / "edits.jsonl"
+    file.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    options = [f"{k}={v}" for k, v in METHOD.items() if k != "name"]
+    return [
+        "edit",
+        "--model",
+        str(tiny_llama),
+        "--requests",
+        str(file),
+        "--output",
+        str(tmp_path / "out"),
+        "--device",
+        "cpu",
+        "--set",
+        *options,
+    ]
+
+
+def test_edit_list_and_rollback(command, tmp_path, capsys):
+    assert main(command) == 0
+    text = capsys.readouterr().out
+    assert "3 requests, 0 done already, 3 to do" in text and "[3/3] e2:" in text
+    assert "3 active edits in 2 memories" in text and "reliability" in text
+    assert main(command) == 0
+    assert "3 requests, 3 done already, 0 to do" in capsys.readouterr().out
+    out = ["edit", "--output", str(tmp_path / "out")]
+    assert main([*out, "--list"]) == 0
+    assert "e1  Town of 1? -> b\n" in capsys.readouterr().out
+    assert main([*out, "--rollback", "e0", "--device", "cpu"]) == 0
+    assert capsys.readouterr().out == "removed: e0\nlearned again without it, in the same memory: e1\n"
+    assert main([*out, "--list"]) == 0
+    assert "2 active edits" in capsys.readouterr().out
+
+
+def test_wrong_requests_and_missing_options_exit_2_before_the_model_is_loaded(command, tmp_path, capsys):
+    (tmp_path / "edits.jsonl").write_text('{"prompt": "a"}\n{"target_new": "b"}\n')
+    assert main(command) == 2
+    text = capsys.readouterr().err
+    assert "edits.jsonl:1" in text and "edits.jsonl:2" in text and not (tmp_path / "out").exists()
+    for arguments, message in (
+        (["--output", "nowhere"], "--requests: give a file"),
+        (["--output", "nowhere", "--list"], "nowhere: there are no edits here"),
+        (["--output", "nowhere", "--requests", "x"], "--model: give the model"),
+    ):
+        assert main(["edit", *arguments]) == 2
+        assert message in capsys.readouterr().err
+
+
+@pytest.mark.kill
+def test_a_killed_command_resumes(command, tmp_path):
+    journal = tmp_path / "out" / "journal.jsonl"
+    slow = [o.replace("steps=8", "steps=400") for o in command] + ["stop_loss=0.0"]
+    process = subprocess.Popen([sys.executable, "-m", "clkit.cli", *slow], env=os.environ, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 400
+    while time.monotonic() < deadline and not (journal.is_file() and journal.read_text().count("\n")):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    done = Journal.open(journal).entries
+    assert 1 <= len(done) <= 3
+    assert main(slow) == 0
+    assert [e["id"] for e in Journal.open(journal).entries] == ["e0", "e1", "e2"]
