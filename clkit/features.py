@@ -120,7 +120,7 @@ class FeatureNet(ClassifierNet):
         strategy: whose head it is.
     """
 
-    head: FeatureHead  # type: ignore[assignment]
+    head: FeatureHead
 
     def __init__(self, backbone: Backbone, head: FeatureHead, strategy: str) -> None:
         super().__init__(backbone, 1, torch.Generator(), frozen=True)
