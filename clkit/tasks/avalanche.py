@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import json
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -265,10 +266,17 @@ def _scenario(train: Sequence[_Read]) -> Scenario:
     return "class"
 
 
-def _load() -> ModuleType:
-    """Import avalanche.benchmarks. One of its dependencies warns about solvers that no benchmark uses."""
+@contextlib.contextmanager
+def importing() -> Iterator[None]:
+    """Within, Avalanche is imported. Its dependencies warn of solvers and of a module that nothing here uses."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="no QP solver found", category=UserWarning)
+        warnings.filterwarnings("ignore", message="The distutils package is deprecated", category=DeprecationWarning)
+        yield
+
+
+def _load() -> ModuleType:
+    with importing():
         import avalanche.benchmarks
     return cast(ModuleType, avalanche.benchmarks)
 

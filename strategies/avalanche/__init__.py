@@ -1,0 +1,1 @@
+"""Avalanche's plug-ins as strategies."""
