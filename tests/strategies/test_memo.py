@@ -377,9 +377,9 @@ class TestRefusals:
             classes_by_task(self.sequence([0, 1], [2], [3, 1]))
 
     def test_more_tasks_than_classes(self, vision_content):
-        content = {**vision_content, "tasks": {**vision_content["tasks"], "per_task": 0}}
-        with pytest.raises((DataError, ConfigError)):
-            api.run(resolve.validate(memo(content)))
+        content = {**vision_content, "tasks": {**vision_content["tasks"], "num_tasks": 11}}
+        with pytest.raises(ConfigError, match="tasks.num_tasks"):
+            resolve.validate(memo(content))
         empty = LabelledExamples(torch.zeros(0, 1, 8, 8), torch.zeros(0, dtype=torch.long), [])
         tasks = [*self.sequence([0], [1]), Task("t2", empty, empty, "classification", "accuracy")]
         with pytest.raises(DataError, match="task 't2': has no class"):
