@@ -140,7 +140,7 @@ def test_edits_are_scored_on_the_edits_that_are_made(tmp_path):
         "eval_limit": 2,
     }
     task = build_tasks("jsonl", config)[0]
-    assert (task.kind, task.metric, len(task.train), len(task.eval)) == ("edit", "exact-match", 3, 2)
+    assert (task.kind, task.metric, len(task.train), len(task.eval)) == ("edit", "edit-exact", 3, 2)
     assert set(task.eval.ids) < set(task.train.ids)
     everything = build_tasks("jsonl", {**config, "train_limit": 0, "eval_limit": 0})[0].train.records
     assert everything[0].rephrase_prompt is None and everything[1].rephrase_prompt == "r1"
