@@ -54,7 +54,7 @@ class WISEConfig(StrategyConfig):
     compat: bool = opt(False, "the published code's algorithm and numbers")
 
 
-# Measured on SmolLM2-135M and -360M, README.md "Defaults".
+# Tried on three edits of SmolLM2-135M, README.md "Defaults".
 DEFAULTS = {"steps": 50, "learning_rate": 0.1, "alpha": 0.1, "beta": 0.4, "gamma": 0.2, "stop_loss": 0.05}
 # EasyEdit @ 14cea82, hparams/WISE/llama-7b.yaml.
 PUBLISHED = {"steps": 70, "learning_rate": 1.0, "alpha": 5.0, "beta": 20.0, "gamma": 10.0, "stop_loss": 0.02}
