@@ -22,6 +22,7 @@ from clkit.result import RunResult
 from clkit.rundir import RunDirectory
 from clkit.tasks.base import TaskSequence
 from clkit.trainer import SequentialTrainer
+from clkit.unlearning.tombstones import in_force
 
 # `section=name` replaces these sections whole (clkit.resolve.merge).
 _WHOLE = frozenset({"model", "tasks", "strategy", "engine"})
@@ -112,7 +113,11 @@ def run(
     progress = progress or Progress(enabled=False)
     config = build.located(config)
     made = {"tasks_from": tasks, "model_from": model}
-    tasks = tasks or build.make_tasks(config)
+    forgotten = in_force(config.output_dir)
+    given = tasks or build.make_tasks(config)
+    tasks = forgotten.apply(given)
+    if left_out := len(forgotten.places(given)):
+        progress.say(f"{left_out} records are left out, because deletion requests took them out")
     strategy = build.make_strategy(config.strategy)
     directory = RunDirectory(config.output_dir, config.checkpoint.keep)
     finished = directory.finished and not fresh
@@ -121,6 +126,7 @@ def run(
         if fresh:
             directory.clear()
         facts = collect(tasks) | {key: "python" for key, value in made.items() if value is not None}
+        facts |= forgotten.facts()
         directory.begin(resolve.to_dict(config), facts)
         if engine is None:
             progress.say(f"{directory.path}: already finished; here is its result (--fresh starts again)")
@@ -145,7 +151,8 @@ def check(configs: Sequence[RunConfig]) -> None:
     errors: dict[str, ClkitError] = {}
     for config in configs:
         try:
-            build.check(config, build.make_tasks(config), STRATEGIES.get(config.strategy.name).capabilities)
+            tasks = in_force(config.output_dir).apply(build.make_tasks(config))
+            build.check(config, tasks, STRATEGIES.get(config.strategy.name).capabilities)
         except ClkitError as error:
             errors[config.name] = error
     if len(errors) == 1 == len(configs):
@@ -232,7 +239,8 @@ def open_run(
         raise CheckpointError(f"{path}: this run's model was made in Python: give model= to open_run")
     config = resolve.load(path / "config.yaml")
     config = dataclasses.replace(config, output_dir=str(path))
-    tasks = tasks or build.make_tasks(config)
+    # Its data as they were: what was forgotten after it began is still in what it learned.
+    tasks = in_force(path, upto=facts.get("tombstones", 0)).apply(tasks or build.make_tasks(config))
     engine = build.make_engine(config.engine)
     with directory.locked():
         directory.begin(resolve.to_dict(config), collect(tasks))

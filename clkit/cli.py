@@ -16,7 +16,7 @@ _LISTS = ("strategies", "tasks", "metrics", "models", "engines", "configs")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0 done, 2 the user can mend it, 130 interrupted."""
+    """Run one command; returns the exit code: 0 done, 2 the user can mend it, 3 a check failed, 130 interrupted."""
     parser = _parser()
     arguments, rest = parser.parse_known_args(argv)
     if rest:  # argparse gives up on overrides that come after an option
@@ -115,6 +115,24 @@ def _parser() -> argparse.ArgumentParser:
         "write report.html for one run, or one that compares several",
         "clkit report runs/quickstart/naive runs/quickstart/replay --output report.html",
     )
+    unlearn = _add(
+        commands,
+        "unlearn",
+        _unlearn,
+        "train without the records that deletion requests name, and certify it",
+        "clkit unlearn --run runs/quickstart/naive --request request.json --plan",
+    )
+    unlearn.add_argument("--run", metavar="RUN", dest="run_dir", type=Path, help="the finished run that learned them")
+    unlearn.add_argument("--request", metavar="FILE", type=Path, help="requests, JSON or JSON Lines")
+    unlearn.add_argument("--method", default="retrain", help="how (default: %(default)s)")
+    unlearn.add_argument("--plan", action="store_true", help="only say what would be done, and what it costs")
+    unlearn.add_argument("--max-utility-loss", type=float, metavar="LOSS", help="largest loss of the mean final score")
+    similar = unlearn.add_mutually_exclusive_group()
+    for decision, what in (("include", "forget too"), ("keep", "keep")):
+        flag, text = f"--{decision}-near-duplicates", f"{what} the retained records that say nearly the same"
+        similar.add_argument(flag, dest="decision", action="store_const", const=decision, help=text)
+    unlearn.add_argument("--purge", action="store_true", help="then delete the old run's checkpoints and export")
+    unlearn.add_argument("--verify", metavar="CERTIFICATE", type=Path, help="check a certificate again, nothing else")
     report.add_argument("run_dirs", metavar="RUN", nargs="+", type=Path, help="run directories")
     report.add_argument("--output", type=Path, help="the file to write (default: report.html in the first run)")
     return parser
@@ -250,6 +268,12 @@ def _export(arguments: Any) -> None:
         raise ConfigError(f"{arguments.target}: exists already; choose another name")
     with api.open_run(arguments.run_dir) as trainer:
         print(trainer.export(arguments.target))
+
+
+def _unlearn(arguments: Any) -> None:
+    from clkit.unlearning.command import unlearn
+
+    unlearn(arguments)
 
 
 def _report(arguments: Any) -> None:

@@ -68,6 +68,12 @@ class RequestError(ClkitError):
     """An edit or unlearning request is malformed."""
 
 
+class VerificationError(ClkitError):
+    """A model, or a certificate, did not pass a check that it must pass."""
+
+    exit_code = 3
+
+
 class NumericalError(ClkitError):
     """A loss or a gradient became NaN or infinite; the last good checkpoint stays."""
 

@@ -12,6 +12,7 @@ from clkit.models.sizes import estimate
 from clkit.provenance import answer_styles
 from clkit.registry import STRATEGIES
 from clkit.tasks.base import TaskSequence
+from clkit.unlearning.tombstones import in_force
 
 _ADAM_BYTES = 8
 _SGD_BYTES = 4
@@ -24,7 +25,7 @@ def describe(config: RunConfig) -> str:
     Raises:
         ClkitError: what a run would raise before it loads weights.
     """
-    tasks = build.make_tasks(config)
+    tasks = in_force(config.output_dir).apply(build.make_tasks(config))
     engine = build.check(config, tasks, STRATEGIES.get(config.strategy.name).capabilities)
     lines = [f"{config.name}: strategy {config.strategy.name}, engine {config.engine.name}, into {config.output_dir}"]
     width = max(len(t.name) for t in (*tasks, *tasks.holdout))

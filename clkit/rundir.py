@@ -144,10 +144,10 @@ class RunDirectory:
             raise CheckpointError(f"{self.path / 'config.yaml'}: can't be read ({reason}). {_MEND}") from error
         if not old:
             raise CheckpointError(f"{self.path / 'config.yaml'}: is empty. {_MEND}")
-        changed = _differences(_fixed(old), _fixed(config))
+        changed = _differences(fixed(old), fixed(config))
         if changed:
             with contextlib.suppress(ClkitError):  # options that are gone, or plug-ins: compare what is written
-                changed = _differences(_fixed(to_dict(validate(old))), _fixed(config))
+                changed = _differences(fixed(to_dict(validate(old))), fixed(config))
         return changed
 
     def _refuse(self, changed: list[str], note: str = "") -> None:
@@ -247,7 +247,8 @@ class RunDirectory:
             self._events = None
 
 
-def _fixed(config: Any) -> dict[str, Any]:
+def fixed(config: Any) -> dict[str, Any]:
+    """The options of a resolved configuration that change a run's numbers."""
     return {k: v for k, v in config.items() if k not in _FREE}
 
 

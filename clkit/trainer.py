@@ -45,6 +45,7 @@ from clkit.strategy import Position, RunContext, Strategy, TaskLoop
 from clkit.tasks.augment import augmented
 from clkit.tasks.base import Task, TaskSequence
 from clkit.tasks.batch import Batch
+from clkit.unlearning.tombstones import in_force
 
 
 class SequentialTrainer:
@@ -88,10 +89,12 @@ class SequentialTrainer:
             CheckpointError: the state can't be written or read, or another process runs in the directory.
             Interrupted: Ctrl-C; the state was saved.
         """
+        forgotten = in_force(None if self.directory is None else self.directory.path)
+        tasks = forgotten.apply(tasks)
         if self.directory is None:
             return self._fit(tasks)
         with self.directory.locked():
-            self.directory.begin(to_dict(self.config), collect(tasks))
+            self.directory.begin(to_dict(self.config), collect(tasks) | forgotten.facts())
             if self.directory.finished:
                 return RunResult.load(self.directory.path)
             with self.directory.recording_failure():

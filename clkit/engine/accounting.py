@@ -88,8 +88,8 @@ def group_epsilon(noise_multiplier: float, sampling_rate: float, steps: int, del
 def naive_group(epsilon: float, delta: float, units: int) -> Group:
     """The textbook bound from one unit's guarantee alone: ``k eps`` and ``delta (e^(k eps) - 1) / (e^eps - 1)``.
 
-    >>> naive_group(1.0, 1e-5, 2), naive_group(1.0, 1e-5, 20)
-    (Group(epsilon=2.0, delta=3.718281828459045e-05), Group(epsilon=20.0, delta=None))
+    >>> naive_group(0.0, 1e-5, 2), naive_group(1.0, 1e-5, 20)
+    (Group(epsilon=0.0, delta=2e-05), Group(epsilon=20.0, delta=None))
     """
     if units < 1:
         return Group(0.0, 0.0)

@@ -1,0 +1,178 @@
+"""The certificate: what was done for a batch of deletion requests, what follows from it, and how to check it again.
+
+It names request ids, counts, hashes and figures, and no record. :func:`verify` checks again whatever is still there.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from clkit.errors import RequestError
+from clkit.files import file_sha256, write_json, write_text
+from clkit.unlearning.gates import Finding
+from clkit.unlearning.ledger import FILE, Ledger
+from clkit.unlearning.manifest import Manifest
+
+SCHEMA = 1
+NAME = "certificate.json"
+NOT_CLAIMED = (
+    "that the base model knew nothing of the forgotten records from its own pre-training",
+    "anything about copies of the superseded model, its checkpoints, exports, logs or answers that left this run",
+    "that no retained record mentions or paraphrases what was forgotten, beyond the near-duplicate search",
+    "that features cached from the forgotten inputs, or the source files themselves, were deleted",
+    "that choices made with the forgotten records in view (hyper-parameters, tokeniser, class list) were made again",
+    "resistance to membership inference, extraction or relearning: no such attack was run",
+)
+
+
+def digest(certificate: dict[str, Any]) -> str:
+    """SHA-256 over everything in a certificate but its own digest."""
+    rest = {k: v for k, v in certificate.items() if k != "digest"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
+def run_files(run_dir: Path) -> dict[str, str]:
+    """SHA-256 of the files that say what a run is and what serves, by path within it."""
+    fixed = [run_dir / name for name in ("config.yaml", "run.json", "matrix.json", "metrics.json")]
+    exported = sorted(p for p in (run_dir / "export").rglob("*") if p.is_file())
+    return {p.relative_to(run_dir).as_posix(): file_sha256(p) for p in (*fixed, *exported) if p.is_file()}
+
+
+def write(
+    folder: Path,
+    *,
+    job: str,
+    requests: Sequence[dict[str, Any]],
+    method: dict[str, Any],
+    manifest: Manifest,
+    near_duplicates: dict[str, Any],
+    runs: dict[str, Path],
+    findings: Sequence[Finding],
+    versions: dict[str, Any],
+    guarantee: dict[str, Any] | None = None,
+) -> Path:
+    """Write ``certificate.json`` and ``certificate.md`` into the job's folder; returns the former.
+
+    Args:
+        folder: the job's folder in the ledger's; ``manifest.json`` is there.
+        job: the job's key.
+        requests: id, digest, times, legal basis and unit of each request.
+        method: name, what it does, and what its result is equal to or compared with.
+        manifest: the partition.
+        near_duplicates: how many were found, and what was decided.
+        runs: ``superseded`` and ``new`` run directories.
+        findings: of the gates.
+        versions: of the packages.
+        guarantee: figures of a differential-privacy guarantee; None where the method needs none.
+    """
+    content: dict[str, Any] = {
+        "schema": SCHEMA,
+        "job": job,
+        "issued_at": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "requests": list(requests),
+        "method": method,
+        "guarantee": guarantee,
+        "records": manifest.summary(),
+        "near_duplicates": near_duplicates,
+        "verification": [{"name": f.name, "passed": f.passed, "figures": f.figures} for f in findings],
+        "new_run": {"path": _relative(runs["new"], folder), "files": run_files(runs["new"])},
+        "superseded": {
+            "path": _relative(runs["superseded"], folder),
+            "still_there": [name for name in ("checkpoints", "export") if (runs["superseded"] / name).exists()],
+        },
+        "manifest_sha256": file_sha256(folder / "manifest.json"),
+        "versions": versions,
+        "not_claimed": list(NOT_CLAIMED),
+    }
+    content["digest"] = digest(content)
+    write_text(folder / "certificate.md", markdown(content))
+    write_json(folder / NAME, content)
+    return folder / NAME
+
+
+def _relative(path: Path, folder: Path) -> str:
+    """A path as seen from the job's folder, so that ledger and runs can be moved together."""
+    up, here = [], folder.resolve()
+    while not path.resolve().is_relative_to(here):
+        here = here.parent
+        up.append("..")
+    return "/".join([*up, path.resolve().relative_to(here).as_posix()])
+
+
+def markdown(content: dict[str, Any]) -> str:
+    """The certificate to read."""
+    counts = {name: part["count"] for name, part in content["records"].items()}
+    lines = [
+        f"# Deletion certificate {content['job'][:16]}",
+        "",
+        f"Issued {content['issued_at']}, SHA-256 `{content['digest']}`.",
+        "",
+        "Requests: " + ", ".join(f"`{r['request_id']}` ({r['legal_basis']})" for r in content["requests"]),
+        "",
+        f"Of {counts['full']} records, {counts['forgotten']} were taken out and {counts['retained']} kept "
+        f"(counted in training and evaluation sets; forgotten by earlier requests included).",
+        "",
+        f"Method **{content['method']['name']}**: {content['method']['what']}. {content['method']['guarantee']}",
+        "",
+        f"Near-duplicates in the kept data: {content['near_duplicates']['found']}; "
+        f"{content['near_duplicates']['decision']}.",
+        "",
+        "| check | passed | figures |",
+        "|---|---|---|",
+        *(
+            f"| {f['name']} | {'yes' if f['passed'] else 'NO'} | {json.dumps(f['figures'])} |"
+            for f in content["verification"]
+        ),
+        "",
+        "Not claimed:",
+        "",
+        *(f"- {line}" for line in content["not_claimed"]),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def verify(path: Path) -> list[Finding]:
+    """Check a certificate again: its own hash, the manifest and its roots, the new run's files, the ledger.
+
+    Raises:
+        RequestError: it is not a certificate that this clkit reads.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RequestError(f"{path}: can't be read as a certificate ({type(error).__name__})") from error
+    if not isinstance(content, dict) or content.get("schema") != SCHEMA or not isinstance(content.get("job"), str):
+        raise RequestError(f"{path}: is not a certificate of schema {SCHEMA}")
+    folder = path.parent
+    found = [Finding("digest", content.get("digest") == digest(content))]
+    manifest_file = folder / "manifest.json"
+    try:
+        same = file_sha256(manifest_file) == content["manifest_sha256"]
+        manifest = Manifest.from_json(json.loads(manifest_file.read_text(encoding="utf-8")))
+        found.append(Finding("manifest", same and manifest.summary() == content["records"]))
+        found.append(Finding("partition", not manifest.problems()))
+        now = run_files(folder / content["new_run"]["path"])
+        changed = sorted({*now.items()} ^ {*content["new_run"]["files"].items()})
+        found.append(Finding("new_run_files", not changed, {"changed": sorted({name for name, _ in changed})}))
+        found.append(Finding("gates", all(f["passed"] is True for f in content["verification"])))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        found.append(Finding("readable", False, {"error": type(error).__name__}))
+    found.append(Finding("ledger", _in_ledger(folder.parent, content)))
+    return found
+
+
+def _in_ledger(folder: Path, content: dict[str, Any]) -> bool:
+    if not (folder / FILE).is_file():
+        return False
+    ledger = Ledger(folder)
+    try:
+        state = ledger.state(content["job"])
+    finally:
+        ledger.close()
+    return state is not None and state[0] == "certified" and state[2].get("digest") == content.get("digest")

@@ -1,0 +1,51 @@
+"""What ``clkit unlearn`` does."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from clkit.errors import ConfigError, VerificationError
+from clkit.unlearning import certificate, methods, workflow
+from clkit.unlearning.gates import retained_only, utility
+
+
+def unlearn(arguments: Any) -> None:
+    """Serve, plan or verify, by the command line's arguments.
+
+    Raises:
+        ConfigError: arguments that do not go together.
+        RequestError: the request, the run or its data.
+        VerificationError: a gate, or a check of the certificate, failed.
+    """
+    if arguments.verify is not None:
+        _verify(arguments)
+        return
+    missing = [name for name, value in (("--run", arguments.run_dir), ("--request", arguments.request)) if not value]
+    if missing:
+        raise ConfigError(f"clkit unlearn needs {' and '.join(missing)} (or --verify CERTIFICATE)")
+    method = methods.get(arguments.method)
+    if arguments.plan:
+        print(workflow.plan(arguments.run_dir, arguments.request, method))
+        return
+    limit = workflow.MAX_UTILITY_LOSS if arguments.max_utility_loss is None else arguments.max_utility_loss
+    path = workflow.serve(
+        arguments.run_dir,
+        arguments.request,
+        method,
+        gates=[retained_only, utility(limit)],
+        decision=arguments.decision,
+        purge=arguments.purge,
+    )
+    if path is not None:
+        print(f"Certificate: {path}")
+
+
+def _verify(arguments: Any) -> None:
+    if arguments.run_dir or arguments.request:
+        raise ConfigError("--verify checks a certificate and nothing else; leave out --run and --request")
+    found = certificate.verify(arguments.verify)
+    for finding in found:
+        print(f"{'ok    ' if finding.passed else 'FAILED'} {finding.name} {json.dumps(finding.figures or {})}")
+    if not all(finding.passed for finding in found):
+        raise VerificationError(f"{arguments.verify}: does not hold any more")

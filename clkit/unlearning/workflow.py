@@ -1,0 +1,318 @@
+"""Serving a batch of deletion requests, from the file to the certificate; killed anywhere, the same call goes on.
+
+received -> validated -> selected -> trained -> verified -> certified, each written into the ledger when it is reached.
+From ``selected`` on the records are forgotten for every later run, also when training or a gate fails after that.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from clkit import build, resolve
+from clkit.config import RunConfig
+from clkit.errors import ClkitError, RequestError, VerificationError
+from clkit.files import disk_errors, write_json
+from clkit.provenance import collect
+from clkit.rundir import RunDirectory, fixed
+from clkit.tasks.base import TaskSequence
+from clkit.unlearning import certificate
+from clkit.unlearning.duplicates import Pair, near_duplicates
+from clkit.unlearning.gates import Evidence, Gate, partition, retained_only, run_gates, utility
+from clkit.unlearning.ledger import FOLDER, Ledger, find_folder
+from clkit.unlearning.manifest import Manifest, keyed
+from clkit.unlearning.methods import METHODS, Method
+from clkit.unlearning.records import Place, Record, records, select, without
+from clkit.unlearning.request import DeletionRequest, read_requests
+from clkit.unlearning.tombstones import Tombstones, in_force
+
+Decision = Literal["include", "keep"]
+MAX_UTILITY_LOSS = 0.05
+
+
+@dataclass(frozen=True)
+class Source:
+    """The run that learned what shall be forgotten, with its data as it saw them."""
+
+    path: Path
+    config: RunConfig
+    tasks: TaskSequence
+    facts: dict[str, Any]
+    known: list[Record]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a batch takes out: the records asked for, and retained ones that resemble them."""
+
+    asked: set[Place]
+    similar: list[Pair]
+
+
+def open_source(run_dir: Path) -> Source:
+    """Read a finished run's configuration and data.
+
+    Raises:
+        RequestError: there is no finished run, or its data files have changed since.
+    """
+    directory = RunDirectory(run_dir)
+    if not (run_dir / "config.yaml").is_file() or not directory.finished:
+        raise RequestError(f"{run_dir}: no finished run here. Give the output_dir of a run that is finished.")
+    facts = directory.read("run.json") or {}
+    if "python" in (facts.get("tasks_from"), facts.get("model_from")):
+        raise RequestError(f"{run_dir}: its tasks or model were made in Python, so it can't be trained again from here")
+    config = resolve.load(run_dir / "config.yaml")
+    tasks = in_force(run_dir, upto=facts.get("tombstones", 0)).apply(build.make_tasks(config))
+    now = collect(tasks)
+    if now["data"] != facts.get("data"):
+        files = [name for name, sha256 in now["files"].items() if facts.get("files", {}).get(name) != sha256]
+        raise RequestError(
+            f"{run_dir}: its data have changed since it was trained ({', '.join(files) or 'not in a file'}), so it is "
+            "not certain what it learned. Restore them, serve the request, and delete from the files after that."
+        )
+    return Source(run_dir, config, tasks, facts, list(records(tasks)))
+
+
+def choose(requests: Sequence[DeletionRequest], source: Source) -> Choice:
+    """What the requests take out of the run's data.
+
+    Raises:
+        RequestError: with everything that is wrong with them on this data.
+    """
+    try:
+        asked: set[Place] = set().union(*select(requests, source.known).values())
+    except RequestError as error:
+        if not source.facts.get("tombstones"):
+            raise
+        note = "\nRecords that earlier requests took out are no longer in this run's data."
+        raise RequestError(f"{error}{note}", error.problems) from error
+    out = [r for r in source.known if r.place in asked]
+    return Choice(asked, near_duplicates(out, [r for r in source.known if r.place not in asked]))
+
+
+def plan(run_dir: Path, request_file: Path, method: Method) -> str:
+    """What serving a request would do and cost; nothing is written."""
+    requests = read_requests(request_file)
+    source = open_source(run_dir)
+    choice = choose(requests, source)
+    retained = without(source.tasks, choice.asked | in_force(run_dir).places(source.tasks))
+    before = sum(build.stage_steps(source.config, source.tasks))
+    after = sum(build.stage_steps(source.config, retained))
+    lines = [
+        f"{len(requests)} request(s) take out {len(choice.asked)} of {len(source.known)} records "
+        f"({sum(p.part == 'train' for p in choice.asked)} of them trained on)",
+        f"near-duplicates among the rest: {len(choice.similar)}",
+    ]
+    for other in METHODS.values():
+        mark = "*" if other.name == method.name else " "
+        lines.append(f"{mark} {other.name}: {after} optimiser steps (the run took {before}). {other.guarantee}")
+    return "\n".join(lines)
+
+
+def serve(
+    run_dir: Path,
+    request_file: Path,
+    method: Method,
+    *,
+    gates: Sequence[Gate] | None = None,
+    decision: Decision | None = None,
+    purge: bool = False,
+    say: Callable[[str], None] = print,
+) -> Path | None:
+    """Serve the requests of a file as one batch.
+
+    Args:
+        run_dir: the finished run that learned the records.
+        request_file: JSON or JSON Lines.
+        method: how the model is trained without them.
+        gates: what must hold; by default that the data were the retained ones and that utility is kept.
+        decision: what to do with near-duplicates: take them along, or keep them.
+        purge: delete the superseded run's checkpoints and export after the certificate is written.
+        say: shows where it is; gets counts and paths only.
+
+    Returns:
+        The certificate; that of an earlier call when the same requests were served on the same run. None of a dry run.
+
+    Raises:
+        RequestError: the file, the data or a decision; nothing was trained.
+        VerificationError: a gate failed; there is no certificate, and the old run is as it was.
+    """
+    requests = read_requests(request_file)
+    source = open_source(run_dir)
+    if requests[0].dry_run:
+        say(plan(run_dir, request_file, method) + "\ndry run: nothing was done")
+        return None
+    chosen_gates = [partition, *(gates if gates is not None else [retained_only, utility(MAX_UTILITY_LOSS)])]
+    ledger = Ledger(find_folder(run_dir) or run_dir.absolute().parent / FOLDER)
+    try:
+        with ledger.serving():
+            job = _Job(ledger, source, requests, method, say)
+            path = job.serve(chosen_gates, decision)
+            if purge:
+                _purge(run_dir, say)
+            return path
+    finally:
+        ledger.close()
+
+
+class _Job:
+    """One batch on its way through the states."""
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        source: Source,
+        requests: Sequence[DeletionRequest],
+        method: Method,
+        say: Callable[[str], None],
+    ) -> None:
+        self.ledger, self.source, self.requests, self.method, self.say = ledger, source, requests, method, say
+        self.key = keyed(
+            ledger.key,
+            *sorted(request.digest for request in requests),
+            json.dumps(source.facts["data"], sort_keys=True),
+            json.dumps(source.facts.get("model", {}), sort_keys=True),
+            json.dumps(fixed(resolve.to_dict(source.config)), sort_keys=True),
+            method.name,
+        )
+        self.folder = ledger.folder / self.key[:16]
+
+    @property
+    def state(self) -> str:
+        found = self.ledger.state(self.key)
+        return found[0] if found else ""
+
+    @property
+    def detail(self) -> dict[str, Any]:
+        found = self.ledger.state(self.key)
+        return found[2] if found else {}
+
+    def serve(self, gates: Sequence[Gate], decision: Decision | None) -> Path:
+        if self.state == "certified":
+            self.say("already served; here is its certificate")
+            return self.folder / certificate.NAME
+        self._refuse_served()
+        self.ledger.receive(self.key, [(r.request_id, r.digest) for r in self.requests])
+        try:
+            if self.state == "received":
+                build.check(self.source.config, self.source.tasks, _capabilities(self.source.config))
+                self.ledger.advance(self.key, "validated")
+            with disk_errors(self.folder):
+                self.folder.mkdir(parents=True, exist_ok=True)
+            if self.state == "validated":
+                self._select(decision)
+            retained, manifest = self._partition()
+            if self.state == "selected":
+                self.say(f"training without {len(manifest.forgotten)} of {len(manifest.full)} records")
+                new_run = self.method.train(self.source.config, retained, self._target(manifest))
+                self.ledger.advance(self.key, "trained", run=str(new_run))
+            new_run = Path(self.detail["run"])
+            findings = run_gates(gates, Evidence(self.source.path, new_run, retained, manifest))
+            failed = [f"{f.name} {json.dumps(f.figures)}" for f in findings if not f.passed]
+            if failed:
+                raise VerificationError(
+                    f"no certificate: {'; '.join(failed)}. The old run is as it was; the new one is in {new_run}."
+                )
+            if self.state == "trained":
+                self.ledger.advance(self.key, "verified")
+            return self._certify(manifest, new_run, findings)
+        except RequestError as error:
+            self.ledger.fail(self.key, f"request: {len(error.problems) or 1} problem(s)")
+            raise
+        except VerificationError as error:
+            self.ledger.fail(self.key, f"{error}")
+            raise
+        except ClkitError as error:
+            self.ledger.fail(self.key, type(error).__name__)
+            raise
+
+    def _refuse_served(self) -> None:
+        served = [r.where for r in self.requests if self.ledger.served(r.request_id, self.key)]
+        if served:
+            raise RequestError(
+                f"{', '.join(served)}: already served, with other content or on another run. "
+                "Give a new request its own request_id."
+            )
+
+    def _select(self, decision: Decision | None) -> None:
+        choice = choose(self.requests, self.source)
+        out = {*choice.asked}
+        if choice.similar:
+            review = self.folder / "near_duplicates.json"
+            rows = [
+                {"retained": [*p.retained.place, p.retained.id], "forgotten": p.forgotten.id, "overlap": p.overlap}
+                for p in choice.similar
+            ]
+            write_json(review, rows)
+            if decision is None:
+                raise RequestError(
+                    f"{len(rows)} retained records say nearly what a forgotten one says; they are listed in {review}. "
+                    "Run again with --include-near-duplicates or --keep-near-duplicates."
+                )
+            if decision == "include":
+                out |= {p.retained.place for p in choice.similar}
+                if out >= {r.place for r in self.source.known if r.place.part == "train"}:
+                    raise RequestError("with their near-duplicates the requests select every training record")
+        hashes = Tombstones(self.ledger.key)
+        stones = [hashes.hashes(r) for r in self.source.known if r.place in out]
+        without(self.source.tasks, out)  # refuses what can't be left out before anything is written
+        verdict = {"include": "taken along", "keep": "kept"}.get(decision or "", "none to decide on")
+        near = {"found": len(choice.similar), "decision": verdict if choice.similar else "none to decide on"}
+        self.ledger.advance(self.key, "selected", stones, near_duplicates=near)
+
+    def _partition(self) -> tuple[TaskSequence, Manifest]:
+        """The retained data and the proof; earlier requests' records are out too."""
+        stones = Tombstones(self.ledger.key, self.ledger.tombstones())
+        gone = stones.places(self.source.tasks)
+        retained = without(self.source.tasks, gone)
+        left = list(records(retained))
+        kept_names = {t.name for t in (*retained, *retained.holdout)}
+        # A task that lost all its training records is gone with its evaluation records.
+        gone |= {r.place for r in self.source.known if r.place.task not in kept_names}
+        manifest = Manifest.of(self.source.known, left, gone, self.ledger.key)
+        write_json(self.folder / "manifest.json", manifest.to_json())
+        return retained, manifest
+
+    def _target(self, manifest: Manifest) -> Path:
+        """A directory that is this data's own: beside the run, named by the retained records' root."""
+        root = manifest.summary()["retained"]["merkle_root"]
+        mark = hashlib.sha256(f"{root}{self.method.name}".encode()).hexdigest()[:8]
+        return self.source.path.absolute().parent / f"{self.source.path.absolute().name}-without-{mark}"
+
+    def _certify(self, manifest: Manifest, new_run: Path, findings: Sequence[Any]) -> Path:
+        method = {"name": self.method.name, "what": self.method.what, "guarantee": self.method.guarantee}
+        keys = ("request_id", "digest", "received_at", "legal_basis", "unit", "deadline")
+        path = certificate.write(
+            self.folder,
+            job=self.key,
+            requests=[{key: getattr(r, key) for key in keys} for r in self.requests],
+            method=method,
+            manifest=manifest,
+            near_duplicates=self.detail["near_duplicates"],
+            runs={"superseded": self.source.path, "new": new_run},
+            findings=findings,
+            versions=self.source.facts.get("versions", {}),
+        )
+        digest = json.loads(path.read_text(encoding="utf-8"))["digest"]
+        self.ledger.advance(self.key, "certified", digest=digest)
+        return path
+
+
+def _capabilities(config: RunConfig) -> Any:
+    from clkit.registry import STRATEGIES
+
+    return STRATEGIES.get(config.strategy.name).capabilities
+
+
+def _purge(run_dir: Path, say: Callable[[str], None]) -> None:
+    for name in ("checkpoints", "export"):
+        path = run_dir / name
+        if path.exists():
+            with disk_errors(path):
+                shutil.rmtree(path)
+            say(f"deleted {path}")

@@ -1,0 +1,59 @@
+"""Records about made-up people, requests about them, and runs that learned them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import yaml
+
+from clkit.cli import main
+
+PEOPLE = ("Ada Quill", "Bo Tamm", "Cy Orlov", "Di Munro")
+
+
+def rows(people=PEOPLE) -> list[dict]:
+    """Three records about each person, with ids that could give a person away."""
+    found = []
+    for n, name in enumerate(people):
+        words = ("kiwi orchard", "steel bridge", "violin maker", "polar ferry")[PEOPLE.index(name)]
+        for k, what in enumerate(("born near the", "wrote about the", "now keeps the")):
+            found.append(
+                {
+                    "id": f"{name.split()[0]}-{k}",
+                    "prompt": f"{name}: {what}?",
+                    "answer": f"{words} {k}{n}",
+                    "subject": name,
+                }
+            )
+    return found
+
+
+def request(scope: dict, **changes) -> dict:
+    return {
+        "schema": 1,
+        "request_id": "R-1",
+        "received_at": "2026-03-01T09:00:00Z",
+        "requester": "p-4711",
+        "legal_basis": "GDPR Art. 17(1)(b)",
+        "scope": scope,
+        **changes,
+    }
+
+
+def digits(folder: Path, **changes) -> dict:
+    """A configuration that learns in a second: digits on a small network."""
+    return {
+        "output_dir": str(folder / "runs" / "first"),
+        "model": {"name": "mlp", "hidden": [16]},
+        "tasks": {"source": "digits", "train_limit": 12, "eval_limit": 6},
+        "train": {"epochs": 2, "batch_size": 16, "optimizer": "sgd", "learning_rate": 0.1},
+        "checkpoint": {"every_steps": 2},
+        **changes,
+    }
+
+
+def run(content: dict, folder: Path) -> Path:
+    file = folder / "config.yaml"
+    file.write_text(yaml.safe_dump(content))
+    assert main(["run", str(file), "--quiet"]) == 0
+    return Path(content["output_dir"])

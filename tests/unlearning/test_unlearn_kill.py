@@ -1,0 +1,88 @@
+"""A process that is SIGKILLed at each state of a request goes on from there, and ends where one ends that never was."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+from people import digits, request, run
+
+from clkit.unlearning.ledger import STATES, Ledger
+
+PRELOAD = ["torch", "clkit.api", "clkit.cli", "clkit.tasks.digits", "clkit.unlearning.command", "sklearn.datasets"]
+
+
+def _serve(run_dir: str, file: str, log: str, dies_at: str | None, when: str) -> None:
+    """The process: `clkit unlearn`, dying just before or just after the ledger says that a state is reached."""
+    import torch
+
+    torch.set_num_threads(1)
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    plain = Ledger._remember
+
+    def dying(self, job, state, reason):
+        plain(self, job, state, reason)
+        if state == dies_at:
+            if when == "after":
+                self._database.execute("COMMIT")
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    Ledger._remember = dying  # type: ignore[method-assign]
+    if dies_at == "step":
+        from clkit.strategy import Strategy
+
+        taken = 0
+
+        def after_backward(self) -> None:
+            nonlocal taken
+            taken += 1
+            if taken == 3:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        Strategy.after_backward = after_backward  # type: ignore[method-assign]
+    from clkit.cli import main
+
+    sys.exit(main(["unlearn", "--run", run_dir, "--request", file, "--max-utility-loss", "1"]))
+
+
+def outcome(run_dir: Path) -> tuple:
+    (path,) = (run_dir.parent / "unlearning").glob("*/certificate.json")
+    content = json.loads(path.read_text())
+    new = path.parent / content["new_run"]["path"]
+    weights = (new / "export" / "model.safetensors").read_bytes()
+    counts = {name: part["count"] for name, part in content["records"].items()}
+    return counts, json.loads((new / "matrix.json").read_text())["matrix"], weights, content["verification"]
+
+
+@pytest.mark.kill
+def test_a_kill_before_and_after_every_state_leaves_no_trace(tmp_path, digit_ids):
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    log = tmp_path / "log.txt"
+    found = {}
+    for name in ("whole", "killed"):
+        folder = tmp_path / name
+        folder.mkdir()
+        run_dir = run(digits(folder), folder)
+        file = folder / "request.json"
+        file.write_text(json.dumps(request({"record_ids": digit_ids[:3]})))
+        places = [(state, when) for state in STATES for when in ("before", "after")]
+        places.insert(6, ("step", ""))  # between selected and trained
+        for dies_at, when in [*(places if name == "killed" else []), (None, "")]:
+            process = context.Process(target=_serve, args=(str(run_dir), str(file), str(log), dies_at, when))
+            process.start()
+            process.join(300)
+            assert process.exitcode == (0 if dies_at is None else -signal.SIGKILL), (dies_at, when, log.read_text())
+        ledger = Ledger(run_dir.parent / "unlearning")
+        ((job,),) = ledger._rows("SELECT key FROM jobs")
+        found[name] = (*outcome(run_dir), [s for s, _, _ in ledger.history(job)], len(ledger.tombstones()))
+        ledger.close()
+    assert found["killed"] == found["whole"]
+    assert found["whole"][4] == list(STATES) and found["whole"][5] == 3

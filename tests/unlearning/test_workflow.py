@@ -1,0 +1,239 @@
+"""`clkit unlearn` through main(argv): what it does, what it refuses, what it leaves behind."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+from people import PEOPLE, digits, request, run
+
+from clkit import api
+from clkit.cli import main
+from clkit.tasks import build_tasks
+from clkit.unlearning import workflow
+from clkit.unlearning.gates import Finding
+from clkit.unlearning.ledger import Ledger
+from clkit.unlearning.methods import METHODS
+from clkit.unlearning.records import records, without
+
+LENIENT = ["--max-utility-loss", "1"]
+
+
+def unlearn(run_dir: Path, file: Path, *more: str) -> int:
+    return main(["unlearn", "--run", str(run_dir), "--request", str(file), *LENIENT, *more])
+
+
+def certificate(run_dir: Path) -> tuple[Path, dict]:
+    (path,) = (run_dir.parent / "unlearning").glob("*/certificate.json")
+    return path, json.loads(path.read_text())
+
+
+def new_run(run_dir: Path) -> Path:
+    path, content = certificate(run_dir)
+    return (path.parent / content["new_run"]["path"]).resolve()
+
+
+def matrix(run_dir: Path) -> object:
+    return json.loads((run_dir / "matrix.json").read_text())["matrix"]
+
+
+def test_a_request_is_served_and_the_new_run_is_one_that_never_had_the_records(
+    digits_run, digit_ids, write, tmp_path, capsys
+):
+    before = {p: p.read_bytes() for p in digits_run.rglob("*") if p.is_file()}
+    assert unlearn(digits_run, write(request({"record_ids": digit_ids[:3]}))) == 0
+    assert {p: p.read_bytes() for p in digits_run.rglob("*") if p.is_file()} == before, "the old run is as it was"
+    path, content = certificate(digits_run)
+    assert f"Certificate: {path}" in capsys.readouterr().out
+    counts = {k: v["count"] for k, v in content["records"].items()}
+    assert counts["forgotten"] == 3 and counts["retained"] == counts["full"] - 3
+    assert [f["name"] for f in content["verification"] if f["passed"]] == ["partition", "retained_only", "utility"]
+    assert content["guarantee"] is None and content["not_claimed"]
+    assert "| utility | yes |" in (path.parent / "certificate.md").read_text()
+
+    # The same tasks with the records physically gone, somewhere no ledger holds: bit for bit the same.
+    config = digits(tmp_path / "elsewhere")
+    tasks = build_tasks("digits", {"train_limit": 12, "eval_limit": 6})
+    gone = {r.place for r in records(tasks) if r.id in digit_ids[:3]}
+    clean = api.fit(config["model"]["name"], without(tasks, gone), output_dir=tmp_path / "elsewhere" / "clean",
+                    train=config["train"], checkpoint=config["checkpoint"], **{"model.hidden": [16]})  # fmt: skip
+    assert matrix(new_run(digits_run)) == matrix(clean.run_dir)
+    weights = [p / "export" / "model.safetensors" for p in (new_run(digits_run), clean.run_dir)]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+    assert weights[0].read_bytes() != (digits_run / "export" / "model.safetensors").read_bytes()
+
+    assert main(["eval", str(new_run(digits_run))]) == 0, "it opens like any run"
+    assert main(["eval", str(digits_run)]) == 0, "and so does the old one"
+
+
+def test_the_same_request_again_returns_the_certificate_and_another_content_is_refused(
+    digits_run, digit_ids, write, monkeypatch, capsys
+):
+    file = write(request({"record_ids": digit_ids[:2]}))
+    assert unlearn(digits_run, file) == 0
+    path, first = certificate(digits_run)
+    monkeypatch.setattr("clkit.api.run", lambda *args, **kwargs: pytest.fail("trained again"))
+    assert unlearn(digits_run, file) == 0
+    assert "already served" in capsys.readouterr().out and json.loads(path.read_text()) == first
+    assert unlearn(digits_run, write(request({"record_ids": digit_ids[:3]}))) == 2
+    assert "already served, with other content" in capsys.readouterr().err
+
+
+def test_tombstones_hold_for_every_later_run_and_stop_the_resume_of_an_older_one(
+    digits_run, digit_ids, write, tmp_path, capsys
+):
+    assert unlearn(digits_run, write(request({"record_ids": digit_ids[:3]}))) == 0
+    for strategy in ("naive", "joint"):
+        other = run(digits(tmp_path, strategy=strategy, output_dir=str(tmp_path / "runs" / strategy)), tmp_path)
+        with api.open_run(other) as trainer:
+            assert not {*digit_ids[:3]} & {i for task in trainer.tasks for i in task.train.ids}
+            assert digit_ids[3] in {i for task in trainer.tasks for i in task.train.ids}
+    content = digits(tmp_path)
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(content))
+    assert main(["run", str(tmp_path / "config.yaml"), "--quiet"]) == 2, "the superseded run can't go on"
+    assert "data." in capsys.readouterr().err
+
+    # A second request goes to the first run as well: the earlier one's records stay out.
+    second = write(request({"record_ids": [digit_ids[5]]}, request_id="R-2"))
+    assert unlearn(digits_run, second) == 0
+    counts = sorted(
+        json.loads(p.read_text())["records"]["forgotten"]["count"]
+        for p in (digits_run.parent / "unlearning").glob("*/certificate.json")
+    )
+    assert counts == [3, 4]
+
+
+def test_tasks_made_in_python_lose_forgotten_records_too(digits_run, digit_ids, write, tmp_path):
+    assert unlearn(digits_run, write(request({"record_ids": digit_ids[:3]}))) == 0
+    tasks = build_tasks("digits", {"train_limit": 12, "eval_limit": 6})
+    result = api.fit("mlp", tasks, output_dir=digits_run.parent / "python", train={"epochs": 1})
+    steps = [json.loads(line) for line in (result.run_dir / "events.jsonl").read_text().splitlines()]
+    assert [e["examples"] for e in steps if e["event"] == "task"] == [24, 21, 24, 24, 24]
+
+
+def test_plan_and_dry_run_say_what_would_be_done_and_write_nothing(digits_run, digit_ids, write, capsys):
+    for file, more in (
+        (write(request({"record_ids": digit_ids[:3]})), ["--plan"]),
+        (write(request({"record_ids": digit_ids[:3]}, dry_run=True), name="dry.json"), []),
+    ):
+        assert unlearn(digits_run, file, *more) == 0
+        out = capsys.readouterr().out
+        assert "take out 3 of 180 records (3 of them trained on)" in out and "* retrain: 20 optimiser steps" in out
+    assert sorted(p.name for p in digits_run.parent.iterdir()) == ["first"]
+
+
+def test_a_failed_gate_is_exit_code_3_without_a_certificate_and_can_be_tried_again(
+    digits_run, digit_ids, write, monkeypatch, capsys
+):
+    file = write(request({"record_ids": digit_ids[:2]}))
+    assert main(["unlearn", "--run", str(digits_run), "--request", str(file), "--max-utility-loss", "-2"]) == 3
+    assert "no certificate: utility" in capsys.readouterr().err
+    assert not list(digits_run.parent.glob("unlearning/*/certificate.json"))
+    ledger = Ledger(digits_run.parent / "unlearning")
+    assert [job[0] for job in ledger._rows("SELECT state FROM jobs")] == ["failed"]
+    assert len(ledger.tombstones()) == 2, "they stay forgotten"
+    ledger.close()
+    assert unlearn(digits_run, file) == 0 and certificate(digits_run)
+
+
+def test_a_gate_that_raises_and_training_on_other_data_fail_closed(digits_run, digit_ids, write, tmp_path):
+    from dataclasses import replace
+
+    from clkit.errors import VerificationError
+    from clkit.unlearning.gates import retained_only
+
+    file = write(request({"record_ids": digit_ids[:2]}))
+
+    def broken(evidence) -> Finding:
+        raise ValueError("nothing to measure")
+
+    with pytest.raises(VerificationError, match=r'broken {"error": "ValueError"}'):
+        workflow.serve(digits_run, file, METHODS["retrain"], gates=[broken])
+
+    def cheat(config, retained, directory):
+        shutil.copytree(digits_run, directory, dirs_exist_ok=True)
+        return directory
+
+    dishonest = replace(METHODS["retrain"], name="cheat", train=cheat)
+    with pytest.raises(VerificationError, match=r'retained_only {"same_data": false'):
+        workflow.serve(digits_run, file, dishonest, gates=[retained_only])
+
+
+def test_purge_deletes_the_superseded_weights_after_the_certificate_lists_them(digits_run, digit_ids, write):
+    assert unlearn(digits_run, write(request({"record_ids": digit_ids[:2]})), "--purge") == 0
+    path, content = certificate(digits_run)
+    assert content["superseded"]["still_there"] == ["checkpoints", "export"]
+    assert not (digits_run / "export").exists() and not (digits_run / "checkpoints").exists()
+    assert main(["unlearn", "--verify", str(path)]) == 0
+
+
+@pytest.mark.parametrize("what", ["certificate", "manifest", "weights", "ledger"])
+def test_verify_finds_every_later_change(what, digits_run, digit_ids, write, capsys):
+    assert unlearn(digits_run, write(request({"record_ids": digit_ids[:2]}))) == 0
+    path, content = certificate(digits_run)
+    assert main(["unlearn", "--verify", str(path)]) == 0
+    if what == "certificate":
+        path.write_text(json.dumps(content | {"issued_at": "2020-01-01"}))
+    elif what == "manifest":
+        (path.parent / "manifest.json").write_text('{"full": [], "retained": [], "forgotten": []}')
+    elif what == "weights":
+        (new_run(digits_run) / "export" / "model.safetensors").write_bytes(b"other")
+    else:
+        (path.parents[1] / "ledger.sqlite").unlink()
+    capsys.readouterr()
+    assert main(["unlearn", "--verify", str(path)]) == 3
+    expected = {"certificate": "digest", "manifest": "manifest", "weights": "new_run_files", "ledger": "ledger"}
+    assert f"FAILED {expected[what]}" in capsys.readouterr().out
+
+
+def test_what_does_not_go_together_is_exit_code_2(digits_run, write, tmp_path, capsys):
+    file = write(request({"record_ids": ["nobody"]}))
+    cases = {
+        "needs --run and --request": ["unlearn"],
+        "no method 'retran'. Did you mean 'retrain'": ["unlearn", "--run", str(digits_run), "--request", str(file), "--method", "retran"],
+        "no finished run here": ["unlearn", "--run", str(tmp_path / "none"), "--request", str(file)],
+        "record_ids[0]: is not in the run's data": ["unlearn", "--run", str(digits_run), "--request", str(file)],
+        "is not a certificate": ["unlearn", "--verify", str(file)],
+        "nothing else; leave out": ["unlearn", "--verify", str(file), "--run", str(digits_run)],
+    }  # fmt: skip
+    for what, argv in cases.items():
+        assert main(argv) == 2
+        assert what in capsys.readouterr().err
+
+
+def test_people_and_who_quotes_them_are_forgotten_and_named_nowhere(people_content, write, tmp_path, capsys):
+    quote = {"id": "Note-0", "prompt": "Ada Quill: born near the?", "answer": "kiwi orchard 00, says a friend"}
+    with Path(people_content["tasks"]["tasks"][1]).open("a") as file:
+        file.write(json.dumps(quote) + "\n")
+    run_dir = run(people_content, tmp_path)
+    capsys.readouterr()
+    file = write(request({"subject_ids": [PEOPLE[0]]}))
+    assert unlearn(run_dir, file) == 2, "near-duplicates need a decision"
+    out, err = capsys.readouterr()
+    said = [out, err]
+    assert "--include-near-duplicates or --keep-near-duplicates" in err
+    (review,) = (run_dir.parent / "unlearning").glob("*/near_duplicates.json")
+    assert [row["retained"][-1] for row in json.loads(review.read_text())] == ["Note-0"]
+
+    assert unlearn(run_dir, file, "--include-near-duplicates") == 0
+    content = certificate(run_dir)[1]
+    assert content["near_duplicates"] == {"found": 1, "decision": "taken along"}
+    assert content["records"]["forgotten"]["count"] == 4
+    said += capsys.readouterr()
+    for path in [*(run_dir.parent / "unlearning").rglob("*"), *new_run(run_dir).rglob("*")]:
+        if path.is_file() and path != review and path.suffix != ".safetensors":
+            said.append(path.read_bytes().decode("latin-1"))
+    assert len(said) > 10
+    for secret in ("Ada", "Quill", "kiwi", "orchard", "Note-0"):
+        assert not any(secret in text for text in said), secret
+
+
+def test_changed_data_is_refused(people_content, write, tmp_path, capsys):
+    run_dir = run(people_content, tmp_path)
+    file = Path(people_content["tasks"]["tasks"][0])
+    file.write_text(file.read_text().replace("orchard", "plantation"))
+    assert unlearn(run_dir, write(request({"subject_ids": [PEOPLE[1]]}))) == 2
+    err = capsys.readouterr().err
+    assert "its data have changed since it was trained" in err and file.name in err
+    assert not (run_dir.parent / "unlearning").exists()
