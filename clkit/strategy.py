@@ -59,6 +59,11 @@ class Position:
     step: int = 0
     total_steps: int = 0
 
+    def advance(self) -> None:
+        """One more step is done."""
+        self.step += 1
+        self.total_steps += 1
+
 
 @dataclass
 class RunContext:

@@ -211,13 +211,9 @@ class SequentialTrainer:
         if norm is not None and not math.isfinite(norm):
             raise self._not_finite("gradient norm", {"norm": norm}, task, batch.ids)
         self._previous = batch
-        self._count_step()
+        self.position.advance()
         strategy.after_step()
         return sums
-
-    def _count_step(self) -> None:
-        self.position.step += 1
-        self.position.total_steps += 1
 
     def _shares(self, parts: list[Batch]) -> list[dict[str, float]]:
         """Each micro-batch's part of every loss term, so that the sum is the mean over the whole batch."""
@@ -422,7 +418,7 @@ class _Loop(TaskLoop):
         return {name: float(value) for name, value in self._take(batch).items()}
 
     def done(self, losses: dict[str, float]) -> None:
-        self._trainer._count_step()
+        self._trainer.position.advance()
         self._after(losses, None)
 
     def _take(self, batch: Batch) -> dict[str, torch.Tensor]:
