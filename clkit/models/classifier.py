@@ -201,9 +201,10 @@ class Classifier(Model):
         directory.mkdir(parents=True, exist_ok=True)
         save_model(self.module, str(directory / "model.safetensors"))
         backbone = self.module.backbone
-        if isinstance(backbone, (TextEncoder, VisionEncoder)):
+        encoder = getattr(backbone, "config", None)  # of transformers' encoders, grown ones too
+        if encoder is not None:
             with routed():
-                backbone.config.save_pretrained(directory / "encoder")
+                encoder.save_pretrained(directory / "encoder")
                 if self.tokenizer is not None:
                     self.tokenizer.save_pretrained(directory / "encoder")
         if isinstance(backbone, VisionEncoder):

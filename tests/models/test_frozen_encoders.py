@@ -69,6 +69,7 @@ def test_features_of_a_frozen_backbone_are_computed_once_and_train_the_same_head
     from clkit.models.classifier import Classifier
 
     seen = []
+    monkeypatch.setenv("CLKIT_COMPUTED", str(tmp_path / "computed"))  # other tests may have computed the same
     plain = CifarResNet.forward
     monkeypatch.setattr(CifarResNet, "forward", lambda self, x: (seen.append(len(x)), plain(self, x))[1])
     first = api.run(resolve.validate(vision_content(tmp_path / "a", "cifar-resnet-8")))

@@ -65,7 +65,7 @@ def cut_and_whole(world, plugin, tmp_path, monkeypatch):
     ours, theirs = weights(tmp_path / "cut"), weights(tmp_path / "whole")
     assert ours.keys() == theirs.keys()
     for key in ours:
-        assert torch.equal(ours[key], theirs[key]), key
+        torch.testing.assert_close(ours[key], theirs[key], rtol=0, atol=0, equal_nan=True, msg=key)
 
 
 @pytest.mark.parametrize("plugin", OPTIONS)
