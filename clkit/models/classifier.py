@@ -200,8 +200,9 @@ class Classifier(Model):
 
         directory.mkdir(parents=True, exist_ok=True)
         save_model(self.module, str(directory / "model.safetensors"))
-        backbone = self.module.backbone
-        if isinstance(backbone, (TextEncoder, VisionEncoder)):
+        backbone: Any = self.module.backbone
+        # A text encoder that has grown is another class by now; it has kept its configuration.
+        if self.tokenizer is not None or isinstance(backbone, VisionEncoder):
             with routed():
                 backbone.config.save_pretrained(directory / "encoder")
                 if self.tokenizer is not None:
