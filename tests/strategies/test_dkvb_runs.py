@@ -175,6 +175,15 @@ def test_votes_take_one_pass_and_do_not_care_for_the_order_of_tasks(tmp_path):
     assert tables[0].sum() == 300 * 4
 
 
+def test_votes_count_every_example_once_beside_exemplars(tmp_path):
+    config = resolve.validate(content(tmp_path, {"decoder": "votes", "replay": {"size": 40, "policy": "herding"}}))
+    tasks = build.make_tasks(config)
+    model = build.make_model(config.model, tasks, 0, lambda text: None)
+    trainer = SequentialTrainer(model, DKVB(config.strategy.config), config)
+    trainer.fit(tasks)
+    assert trainer.strategy.head.values.sum() == 300 * 4
+
+
 def test_a_label_space_that_has_grown_is_saved_and_comes_back(tmp_path):
     config = resolve.validate(content(tmp_path, tasks={"source": "digits", "class_order": [], "train_limit": 12}))
 
