@@ -25,6 +25,7 @@ from clkit.strategy import Capabilities, Losses, RunContext, Strategy, one_pass
 from clkit.tasks import build_tasks
 from clkit.tasks.base import Task
 from clkit.tasks.batch import Batch, Encoded
+from clkit.unlearning.tombstones import in_force
 
 _ENCODE = 64  # examples whose vectors are computed at once where they are not cached
 
@@ -117,7 +118,8 @@ class DKVB(Strategy):
         run, config = self.run, self.config
         if config.key_data == "tasks":
             plugin = validate({"tasks": dict(config.key_tasks)}, origin="strategy.key_tasks").tasks
-            tasks = build_tasks(plugin.name, plugin.config, run.config.seed)
+            forgotten = in_force(run.config.output_dir)  # the trainer has seen to the run's own tasks only
+            tasks = forgotten.apply(build_tasks(plugin.name, plugin.config, run.config.seed))
             return [run.encodings.encode(task.train) for task in tasks]
         stages = range(len(run.tasks)) if config.key_data == "all" else self.training_set(run.position.stage)
         return [run.encodings.train(i) for i in stages]
