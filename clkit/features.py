@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from clkit.config import TrainConfig
 from clkit.errors import CapabilityError, NumericalError
 from clkit.models.backbones.base import Backbone
-from clkit.models.base import Model
 from clkit.models.classifier import Classifier, ClassifierNet
-from clkit.strategy import Capabilities, Losses, RunContext, Strategy
+from clkit.strategy import Capabilities, Losses, RunContext, Strategy, one_pass
 from clkit.tasks.base import Task
 from clkit.tasks.batch import Batch
 
@@ -160,7 +159,7 @@ class FeatureStrategy(Strategy, ABC):
             CapabilityError: the model is no classifier with a backbone, or is to be adapted.
         """
         super().setup(run)
-        model, net = frozen_classifier(self.name, run.model)
+        model, net = frozen_classifier(self.name, run)
         inputs = net.backbone.out_features
         self.head = self.head_class(inputs, self.width(inputs), model.num_classes)
         model.module = FeatureNet(net.backbone, self.head, self.name).to(run.engine.device)
@@ -173,9 +172,13 @@ class FeatureStrategy(Strategy, ABC):
         classes, width = self.head.weight.shape
         return FeatureStatistics(classes, width, moment=self.needs_moment, device=self.head.weight.device)
 
+    def train_config(self, stage: int) -> TrainConfig:
+        """The run's, for at most one pass: in a second there is nothing to count."""
+        return one_pass(self, super().train_config(stage), stage)
+
     def train_loader(self, task: Task) -> Iterator[Batch]:
         """Batches of features, once each. They are counted as they leave, so the state is exact at every step."""
-        for batch in one_pass(self, super().train_loader(task)):
+        for batch in super().train_loader(task):
             new = batch if batch.replayed is None else batch.rows(~batch.replayed)
             new = new.to(self.run.engine.device)
             vectors = self.head.transform(new.inputs["features"])
@@ -226,13 +229,13 @@ class FeatureStrategy(Strategy, ABC):
         self._solved = not bool(self.statistics.counts.any())
 
 
-def frozen_classifier(strategy: str, model: Model) -> tuple[Classifier, ClassifierNet]:
+def frozen_classifier(strategy: str, run: RunContext) -> tuple[Classifier, ClassifierNet]:
     """The model and its network, for a strategy that never changes the backbone.
 
     Raises:
-        CapabilityError: it is no classifier with a backbone, or is to be adapted.
+        CapabilityError: it is no classifier with a backbone, or is to be adapted, or to see changed images.
     """
-    net: nn.Module = model.module
+    model, net = run.model, run.model.module
     if not isinstance(model, Classifier) or not isinstance(net, ClassifierNet):
         raise CapabilityError(
             f"Strategy '{strategy}' needs a backbone with a head, and '{model.name}' is a {type(net).__name__}; name a "
@@ -240,15 +243,12 @@ def frozen_classifier(strategy: str, model: Model) -> tuple[Classifier, Classifi
         )
     if model.config.lora.r:
         raise CapabilityError(f"Strategy '{strategy}' freezes the backbone; set model.lora.r to 0.")
+    if run.config.train.augment != "none":
+        raise CapabilityError(
+            f"Strategy '{strategy}' reads every image once, as it is; set train.augment to none (got "
+            f"'{run.config.train.augment}')."
+        )
     return model, net
-
-
-def one_pass(strategy: Strategy, batches: Iterable[Batch]) -> Iterator[Batch]:
-    """What is left of the first epoch of the current stage; a method that only counts has nothing to do in a second."""
-    run = strategy.run
-    count = sum(len(run.tasks[i].train) for i in strategy.training_set(run.position.stage))
-    steps = -(-count // run.config.train.batch_size)
-    return itertools.islice(batches, max(0, steps - run.position.step))
 
 
 def solve_positive(matrix: Tensor, right: Tensor, advice: str) -> Tensor:

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -168,8 +168,16 @@ class Strategy(ABC):
 
     def stage_steps(self, stage: int) -> int:
         """Optimiser steps of ``stage``; asked for before a run too, when only tasks and configuration are known."""
+        count = self._epoch_size(stage)
+        return steps_in_stage(count, self.train_config(stage)) if count else 0
+
+    def epoch_steps(self, stage: int) -> int:
+        """Optimiser steps of one pass over ``stage``, exemplars included where they are part of it."""
+        return -(-self._epoch_size(stage) // self.run.config.train.batch_size)
+
+    def _epoch_size(self, stage: int) -> int:
         new = sum(len(self.run.tasks[t].train) for t in self.training_set(stage))
-        return steps_in_stage(new + self._shuffled_in(stage), self.train_config(stage)) if new else 0
+        return new + self._shuffled_in(stage) if new else 0
 
     @property
     def _union(self) -> bool:
@@ -307,6 +315,11 @@ class Strategy(ABC):
         """Inverse of :meth:`state_dict`, called after :meth:`setup` and before the module's state is loaded."""
         if self.buffer is not None:
             self.buffer.load_state_dict(state["buffer"])
+
+
+def one_pass(strategy: Strategy, train: TrainConfig, stage: int) -> TrainConfig:
+    """``train`` cut to one pass over ``stage``; a method that only counts has nothing to do in a second."""
+    return replace(train, epochs=1, steps=min(train.steps, strategy.epoch_steps(stage)))
 
 
 def add_gradient(parameter: nn.Parameter, gradient: Tensor, factor: float = 1.0) -> None:

@@ -33,6 +33,7 @@ class Der(Memo):  # type: ignore[misc]
     def check(cls, config: DerConfig) -> list[Problem]:
         """Options that contradict each other."""
         problems: list[Problem] = cls.check_serving(config, config.replay.size or config.budget)
+        problems += cls.check_budget(config)
         return problems
 
     def _cut(self, net: ClassifierNet) -> str:

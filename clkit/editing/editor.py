@@ -27,6 +27,7 @@ from clkit.editing.strategy import EditStrategy, Explanation, language_model
 from clkit.errors import CheckpointError, Problem, RequestError, did_you_mean
 from clkit.evaluation.base import evaluation_mode
 from clkit.evaluation.editing import forced_tokens
+from clkit.files import disk_errors
 from clkit.metrics.editing import token_accuracy
 from clkit.models import load_model
 from clkit.models.causal_lm import CausalLM
@@ -77,6 +78,7 @@ class Editor:
         self.records: dict[str, EditRecord] = {}
         self.journal = Journal()
         self.directory: Path | None = None
+        self._settled = True  # whether the last batch of edits was finished
         self._plugin = plugin
         self._base = base or fingerprint(model.module)
         model.module.eval()
@@ -173,8 +175,9 @@ class Editor:
             made.append(self._edit(record))
             if progress is not None:
                 progress(made[-1])
-        if made:
+        if made or not self._settled:  # all may have been made by a process that was killed right after
             self.strategy.settle()
+            self._settled = True
             self._keep(None)
         return made
 
@@ -204,6 +207,7 @@ class Editor:
         outcome = self.strategy.learn(record)
         seconds = round(time.perf_counter() - since, 3)
         self.records[record.id] = record
+        self._settled = False
         entry = {
             "kind": "edit",
             "id": record.id,
@@ -277,12 +281,14 @@ class Editor:
         path = Path(directory)
         if (path / "edits.json").exists():
             raise CheckpointError(f"{path}: holds edits already; choose another directory")
-        write_head(path, self.model, self._plugin, self.seed, self._base)
-        last = self.journal.entries[-1] if self.journal.entries else None
-        states(path).save(state_of(self.strategy, self.records, last))
+        with disk_errors(path):
+            path.mkdir(parents=True, exist_ok=True)
+            (path / "journal.jsonl").unlink(missing_ok=True)  # of a process that was killed while it wrote here
+        states(path).save(self._state(None))
         copy = Journal(path / "journal.jsonl")
         for entry in self.journal.entries:
             copy.append(entry)
+        write_head(path, self.model, self._plugin, self.seed, self._base)  # last: with it the directory counts
         return path
 
     def _settle_in(self, directory: Path) -> None:
@@ -292,7 +298,7 @@ class Editor:
 
     def _resume(self, saved: Saved, keep: bool) -> None:
         self.strategy.load_memory_state(dict(saved.state["memory"]))
-        self.records = saved.records()
+        self.records, self._settled = saved.records(), saved.state["settled"]
         journal = Journal.open(saved.path / "journal.jsonl")
         if keep:
             journal.complete(saved.state["entry"])
@@ -307,5 +313,8 @@ class Editor:
 
     def _keep(self, entry: dict[str, Any] | None) -> None:
         if self.directory is not None:
-            last = entry or (self.journal.entries[-1] if self.journal.entries else None)
-            states(self.directory).save(state_of(self.strategy, self.records, last))
+            states(self.directory).save(self._state(entry))
+
+    def _state(self, entry: dict[str, Any] | None) -> dict[str, Any]:
+        last = entry or (self.journal.entries[-1] if self.journal.entries else None)
+        return state_of(self.strategy, self.records, last, settled=self._settled)

@@ -58,7 +58,8 @@ class Saved:
         strategy: name and options.
         seed: of the strategy.
         base: the fingerprint of the base weights.
-        state: memories, records of the edits that are active, and the newest journal entry.
+        state: memories, records of the edits that are active, the newest journal entry, and whether the last batch of
+            edits was finished.
     """
 
     path: Path
@@ -95,10 +96,11 @@ def write_head(directory: Path, model: CausalLM, plugin: Plugin, seed: int, base
 
 
 def state_of(
-    strategy: EditStrategy, records: Mapping[str, EditRecord], entry: Mapping[str, Any] | None
+    strategy: EditStrategy, records: Mapping[str, EditRecord], entry: Mapping[str, Any] | None, *, settled: bool
 ) -> dict[str, Any]:
-    """What is saved after each edit."""
-    return {"memory": strategy.memory_state(), "records": [asdict(r) for r in records.values()], "entry": entry}
+    """What is saved after each edit; ``settled`` says whether ``strategy.settle`` came after the last one."""
+    active = [asdict(r) for r in records.values()]
+    return {"memory": strategy.memory_state(), "records": active, "entry": entry, "settled": settled}
 
 
 def write_edits(
@@ -113,7 +115,7 @@ def write_edits(
     with strategy.unedited():
         base = fingerprint(model.module)
     write_head(directory, model, plugin, seed, base)
-    states(directory).save(state_of(strategy, records, None))
+    states(directory).save(state_of(strategy, records, None, settled=True))
     return (
         "import clkit\n"
         f"editor = clkit.Editor.load({str(directory)!r})\n"

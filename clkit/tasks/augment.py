@@ -51,9 +51,15 @@ def augment(images: Tensor, kind: str, generator: torch.Generator) -> Tensor:
 
 
 def augmented(batch: Batch, kind: str, streams: Streams) -> Batch:
-    """The batch with its images changed as ``train.augment`` says; ``none`` leaves it as it is."""
+    """The batch with its images changed as ``train.augment`` says; ``none`` leaves it as it is.
+
+    Raises:
+        CapabilityError: the batch has no images, but texts or features of a frozen backbone.
+    """
     if kind == "none":
         return batch
+    if "x" not in batch.inputs:
+        raise CapabilityError(f"train.augment: '{kind}' needs images, and these batches have {', '.join(batch.inputs)}")
     return dataclasses.replace(
         batch, inputs={**batch.inputs, "x": augment(batch.inputs["x"], kind, streams["augment"])}
     )

@@ -17,6 +17,7 @@ from clkit.modes import evaluating, swapped
 from clkit.strategy import Strategy
 from clkit.tasks.avalanche import to_benchmark
 from clkit.tasks.base import LabelledExamples, Task, TaskSequence
+from clkit.tasks.batch import Batch
 
 
 class Snapshot(nn.Module):
@@ -101,6 +102,7 @@ class Agent:
         self.loss = torch.zeros(())
         self.mb_output: Any = None
         self.mbatch: list[Tensor] = []
+        self.batch: Any = None  # the current mini-batch as it is trained on: images may be augmented
         self.dataloader: Any = None
         self.adapted_dataset: Any = None
 
@@ -177,14 +179,16 @@ class Agent:
         return nn.functional.cross_entropy(output.float(), targets)
 
     def logits(self, numbers: Tensor) -> Tensor:
-        """Of examples (B,), under the engine's autocast."""
-        batch = self.pool.batch(numbers.cpu()).to(self.device)
+        """Of examples (B,), under the engine's autocast; those of the current mini-batch as the model saw them."""
+        same = self.batch is not None and numbers is self.mbatch[0]
+        batch = self.batch if same else self.pool.batch(numbers.cpu()).to(self.device)
         with self.run.engine.autocast():
             return self.run.model.logits(batch)
 
     # --- what the strategy does -------------------------------------------------------------------------------------
-    def take(self, numbers: Tensor) -> None:
-        """Make examples (B,) the current mini-batch."""
+    def take(self, numbers: Tensor, batch: Batch | None = None) -> None:
+        """Make examples (B,) the current mini-batch; ``batch`` holds them on the device."""
+        self.batch = batch
         labels = torch.full_like(numbers, next(iter(self.experience.task_labels)))
         self.mbatch = [t.to(self.device) for t in (numbers, self.targets[numbers], labels)]
 

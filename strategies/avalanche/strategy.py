@@ -155,7 +155,7 @@ class Avalanche(Strategy):
     def loss(self, batch: Batch) -> Losses:
         """The model's loss, and what the plug-in adds to it."""
         agent, model = self.agent, self.run.model
-        agent.take(self._numbers(batch))
+        agent.take(self._numbers(batch), batch)
         agent.mb_output = model.logits(batch)
         data = model.loss(batch, agent.mb_output)
         agent.loss = data + 0

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -13,18 +12,20 @@ from torch import Tensor
 
 from clkit.config import TrainConfig
 from clkit.errors import CapabilityError, ConfigError, DataError, Problem
+from clkit.features import frozen_classifier
 from clkit.loader import Pool
 from clkit.models.backbones.base import Backbone
-from clkit.models.classifier import Classifier, ClassifierNet
+from clkit.models.classifier import ClassifierNet
 from clkit.resolve import validate
 from clkit.strategies.dkvb.bottleneck import Bottleneck
 from clkit.strategies.dkvb.config import DKVBConfig
 from clkit.strategies.dkvb.keys import place_keys
 from clkit.strategies.dkvb.network import BottleneckNet, PairEncodings
-from clkit.strategy import Capabilities, Losses, RunContext, Strategy
+from clkit.strategy import Capabilities, Losses, RunContext, Strategy, one_pass
 from clkit.tasks import build_tasks
 from clkit.tasks.base import Task
 from clkit.tasks.batch import Batch, Encoded
+from clkit.unlearning.tombstones import in_force
 
 _ENCODE = 64  # examples whose vectors are computed at once where they are not cached
 
@@ -65,18 +66,12 @@ class DKVB(Strategy):
         """Put the bottleneck in the place of the classifier's head.
 
         Raises:
-            CapabilityError: the model is no classifier with a backbone, is to be adapted, or has no tokens.
+            CapabilityError: see :func:`clkit.features.frozen_classifier`; or the model has no tokens.
             ConfigError: slices do not fit the features.
         """
         super().setup(run)
-        model, net, config = run.model, run.model.module, self.config
-        if not isinstance(model, Classifier) or not isinstance(net, ClassifierNet):
-            raise CapabilityError(
-                f"Strategy 'dkvb' needs a backbone with a head, and '{model.name}' is a {type(net).__name__}; name a "
-                "model in the configuration, or give features as vectors to model 'identity'."
-            )
-        if model.config.lora.r:
-            raise CapabilityError("Strategy 'dkvb' freezes the encoder; set model.lora.r to 0.")
+        config = self.config
+        model, net = frozen_classifier("dkvb", run)
         if config.tokens and type(net.backbone).tokens is Backbone.tokens:
             raise CapabilityError(
                 f"strategy.tokens: '{model.name}' gives one vector per example and no tokens; set it to false"
@@ -91,7 +86,8 @@ class DKVB(Strategy):
         self._model, self.head = model, head
         self._net = model.module = BottleneckNet(net.backbone, head).to(run.engine.device)
         self._trained = {name for name, _ in model.module.named_parameters() if name.startswith("head.")}
-        run.encodings = PairEncodings(model, run.tasks, run.cache, carry=config.compat)
+        herds = self.buffer is not None and self.buffer.by_features
+        run.encodings = PairEncodings(model, run.tasks, run.cache, carry=config.compat or herds)
         if head.values.requires_grad:
             _warn_of_drift(run.config.train)
 
@@ -122,22 +118,22 @@ class DKVB(Strategy):
         run, config = self.run, self.config
         if config.key_data == "tasks":
             plugin = validate({"tasks": dict(config.key_tasks)}, origin="strategy.key_tasks").tasks
-            tasks = build_tasks(plugin.name, plugin.config, run.config.seed)
+            forgotten = in_force(run.config.output_dir)  # the trainer has seen to the run's own tasks only
+            tasks = forgotten.apply(build_tasks(plugin.name, plugin.config, run.config.seed))
             return [run.encodings.encode(task.train) for task in tasks]
         stages = range(len(run.tasks)) if config.key_data == "all" else self.training_set(run.position.stage)
         return [run.encodings.train(i) for i in stages]
 
     # --- one task ---------------------------------------------------------------------------------------------------
-    def train_loader(self, task: Task) -> Iterator[Batch]:
-        """Batches of pairs. What a batch reads is recorded as it leaves, so the state is exact at every step.
+    def train_config(self, stage: int) -> TrainConfig:
+        """The run's; votes are counted in the first epoch, and there is nothing to do in a second."""
+        train: TrainConfig = super().train_config(stage)
+        return one_pass(self, train, stage) if self.config.decoder == "votes" else train
 
-        Votes are counted in the first epoch; there is nothing to do in a second.
-        """
-        votes, position = self.config.decoder == "votes", self.run.position
-        batches: Iterable[Batch] = super().train_loader(task)
-        if votes:
-            batches = itertools.islice(batches, max(0, self._epoch_steps() - position.step))
-        for batch in batches:
+    def train_loader(self, task: Task) -> Iterator[Batch]:
+        """Batches of pairs. What a batch reads is recorded as it leaves, so the state is exact at every step."""
+        votes = self.config.decoder == "votes"
+        for batch in super().train_loader(task):
             pairs = batch.inputs["pairs"].to(self.head.keys.device)
             if not self._published_mask():
                 self.head.record(pairs)
@@ -152,15 +148,10 @@ class DKVB(Strategy):
         loss = F.cross_entropy(logits.float(), batch.labels, label_smoothing=self.config.label_smoothing)
         return {"cross_entropy": loss}
 
-    def _epoch_steps(self) -> int:
-        run = self.run
-        count = sum(len(run.tasks[i].train) for i in self.training_set(run.position.stage))
-        return -(-count // run.config.train.batch_size)
-
     def _published_mask(self) -> bool:
         """Whether this step is one that the published code takes with the usage mask on and without counting."""
         position = self.run.position
-        return self.config.compat and position.stage > 0 and position.step < self._epoch_steps()
+        return self.config.compat and position.stage > 0 and position.step < self.epoch_steps(position.stage)
 
     # --- growing, and what stays ------------------------------------------------------------------------------------
     def adapt(self, num_classes: int) -> None:

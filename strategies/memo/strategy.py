@@ -15,13 +15,13 @@ from clkit.errors import CapabilityError, DataError, Problem
 from clkit.evaluation.base import evaluation_mode
 from clkit.exemplar_means import ExemplarMeans
 from clkit.loader import training_classes
-from clkit.memory import Footprint, bytes_per_exemplar
+from clkit.memory import Footprint, HerdingBuffer, bytes_per_exemplar
 from clkit.models.classifier import Classifier, ClassifierNet
 from clkit.models.expandable import Expandable, channels_last, expand, grow_head, restructure, structure_of
 from clkit.models.heads import GrowingHead, align_new_rows, fill_linear
 from clkit.models.precision import at_least_float32
 from clkit.strategies.memo.cache import CachedMaps
-from clkit.strategies.memo.config import MemoConfig
+from clkit.strategies.memo.config import GrowingConfig, MemoConfig
 from clkit.strategies.memo.costs import Costs
 from clkit.strategies.memo.folding import folded, in_pieces
 from clkit.strategy import Capabilities, Losses, RunContext
@@ -63,6 +63,7 @@ class Memo(ExemplarMeans):
     def check(cls, config: MemoConfig) -> list[Problem]:
         """Options that contradict each other."""
         problems = cls.check_serving(config, config.replay.size or config.budget)
+        problems += cls.check_budget(config)
         if config.stop_old_gradient and not config.train_base:
             problems.append(
                 Problem(
@@ -70,6 +71,15 @@ class Memo(ExemplarMeans):
                 )
             )
         return problems
+
+    @staticmethod
+    def check_budget(config: GrowingConfig) -> list[Problem]:
+        """Only herding gives up exemplars when the model grows."""
+        policy = config.replay.policy
+        if not config.budget or config.budget_at == "end" or policy == HerdingBuffer.policy:
+            return []
+        what = f"a buffer that shrinks as the model grows (budget_at=stage) needs herding (got '{policy}')"
+        return [Problem("strategy.replay.policy", what)]
 
     # --- set-up -----------------------------------------------------------------------------------------------------
     def setup(self, run: RunContext) -> None:

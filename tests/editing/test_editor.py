@@ -285,6 +285,35 @@ def test_edit_list_and_rollback(command, tmp_path, capsys):
     assert "2 active edits" in capsys.readouterr().out
 
 
+def test_a_process_that_dies_after_its_last_edit_is_finished_by_the_same_command(load, tmp_path, monkeypatch):
+    requests = [request(i) for i in range(3)]
+    monkeypatch.setitem(METHOD, "shard_size", 3 + 1)
+    whole = load()
+    whole.edit(requests)
+    cut = load(directory=tmp_path / "cut")
+    with monkeypatch.context() as patch:
+        patch.setattr(cut.strategy, "settle", lambda: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            cut.edit(requests)
+    again = load(directory=tmp_path / "cut")
+    thresholds = [[m.threshold for m in editor.strategy.wise.layer.all()] for editor in (whole, again)]
+    assert thresholds[0] != thresholds[1], "else there is nothing to finish"
+    assert again.edit(requests) == []
+    assert [m.threshold for m in again.strategy.wise.layer.all()] == thresholds[0]
+    monkeypatch.setattr(type(again.strategy), "settle", None)
+    assert load(directory=tmp_path / "cut").edit(requests) == [], "and it is finished once"
+
+
+def test_a_directory_counts_when_all_of_it_is_there(edited, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr("clkit.editing.store.write_json", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            edited.save(tmp_path / "saved")
+    edited.save(tmp_path / "saved")
+    assert same(clkit.Editor.load(tmp_path / "saved", device="cpu"), edited)
+    assert len(Journal.open(tmp_path / "saved" / "journal.jsonl").entries) == 3
+
+
 def test_wrong_requests_and_missing_options_exit_2_before_the_model_is_loaded(command, tmp_path, capsys):
     (tmp_path / "edits.jsonl").write_text('{"prompt": "a"}\n{"target_new": "b"}\n')
     assert main(command) == 2

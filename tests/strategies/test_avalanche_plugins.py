@@ -17,6 +17,7 @@ from clkit.errors import CapabilityError, ConfigError
 from clkit.loader import epoch_order
 from clkit.rng import derive_seed, fresh_generator
 from clkit.strategies.avalanche.plugins import project
+from clkit.tasks.augment import augmented
 from clkit.tasks.avalanche import to_benchmark
 
 pytest.importorskip("avalanche")
@@ -291,3 +292,17 @@ def test_what_would_fail_at_a_late_task_is_refused_at_the_first(tmp_path):
     trainer, tasks = trainer_for(digits(tmp_path, schedule="linear"), "avalanche", plugin="gdumb")
     with pytest.raises(CapabilityError, match="the length of a schedule is not known"):
         trainer.fit(tasks)
+
+
+def test_the_teacher_of_lwf_sees_the_images_that_the_model_sees(tmp_path):
+    world = digits(tmp_path, augment="crop-flip")
+    world["tasks"]["flat"] = False
+    trainer, tasks = after_tasks(world, "avalanche", 1, **{k: v for k, v in content("lwf").items() if k != "name"})
+    trainer.strategy.begin_task(tasks[1])
+    batch = trainer.run.encodings.train(1).batch(torch.arange(8))
+    batch.source = trainer.strategy.agent.pool
+    batch.indices = batch.indices + int(trainer.strategy.agent.pool.offsets[1])
+    changed = augmented(batch, "crop-flip", trainer.run.streams)
+    assert not torch.equal(changed.inputs["x"], batch.inputs["x"])
+    with torch.no_grad():
+        assert abs(float(trainer.strategy.loss(changed)["penalty"])) < 1e-6, "they are the same model still"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from stepping import trainer_for
 from torch import nn
 
 from clkit import api, build, resolve
@@ -16,6 +17,8 @@ from clkit.strategies.dkvb.config import DKVBConfig
 from clkit.strategies.dkvb.strategy import DKVB
 from clkit.tasks.base import LabelledExamples, Task, TaskSequence
 from clkit.trainer import SequentialTrainer
+from clkit.unlearning.manifest import keyed
+from clkit.unlearning.tombstones import Tombstones
 
 SMALL = {"name": "dkvb", "heads": 4, "pairs": 32, "key_dim": 4, "key_passes": 2}
 SGD = {"optimizer": "sgd", "momentum": 0.0, "learning_rate": 2.0, "batch_size": 16, "epochs": 2}
@@ -173,6 +176,27 @@ def test_votes_take_one_pass_and_do_not_care_for_the_order_of_tasks(tmp_path):
         tables.append(strategy.head.values)
     assert torch.equal(tables[0], tables[1])
     assert tables[0].sum() == 300 * 4
+
+
+def test_votes_count_every_example_once_beside_exemplars(tmp_path):
+    config = resolve.validate(content(tmp_path, {"decoder": "votes", "replay": {"size": 40, "policy": "herding"}}))
+    tasks = build.make_tasks(config)
+    model = build.make_model(config.model, tasks, 0, lambda text: None)
+    trainer = SequentialTrainer(model, DKVB(config.strategy.config), config)
+    trainer.fit(tasks)
+    assert trainer.strategy.head.values.sum() == 300 * 4
+
+
+def test_forgotten_records_place_no_keys(tmp_path, monkeypatch):
+    keys = {"key_data": "tasks", "key_tasks": {"source": "digits", "train_limit": 20}}
+    trainer, tasks = trainer_for(content(tmp_path), **{**SMALL, **keys})
+    gone = tasks[2].train.ids[3]
+    forgotten = Tombstones(b"key", [(1, keyed(b"key", "id", gone), "")])
+    trainer.prepare(tasks)
+    before = [i for part in trainer.strategy._key_sets() for i in part.ids]
+    monkeypatch.setattr("clkit.strategies.dkvb.strategy.in_force", lambda run_dir: forgotten)
+    after = [i for part in trainer.strategy._key_sets() for i in part.ids]
+    assert set(before) - set(after) == {gone}
 
 
 def test_a_label_space_that_has_grown_is_saved_and_comes_back(tmp_path):

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from stepping import after_tasks, trainer_for
 from torch import nn
 
-from clkit import api, resolve
+from clkit import api, build, resolve
 from clkit.errors import CapabilityError, NumericalError
 from clkit.features import FeatureStatistics
 from clkit.strategies.ncm import nearest_mean
@@ -147,9 +147,12 @@ def test_another_order_of_classes_and_other_batches_end_with_the_same_weights(na
         assert torch.allclose(a, b, rtol=1e-7, atol=1e-9 * float(a.abs().max()))
 
 
+@pytest.mark.parametrize("policy", ["reservoir", "herding"])
 @pytest.mark.parametrize("name", NAMES)
-def test_classes_that_return_and_rehearsal_count_every_example_once(name):
-    trainer, tasks, _ = learned(name, digits(scenario="domain", num_tasks=3), replay={"size": 20})
+def test_classes_that_return_and_rehearsal_count_every_example_once(name, policy):
+    content = digits(scenario="domain", num_tasks=3)
+    content["train"]["epochs"] = 2
+    trainer, tasks, _ = learned(name, content, replay={"size": 90, "policy": policy})
     every = sum(len(t.train) for t in tasks)
     assert float(trainer.strategy.statistics.counts.sum()) == every
     whole, _, _ = learned(name, digits(scenario="domain", num_tasks=1))
@@ -210,6 +213,30 @@ def test_a_module_without_a_backbone_is_refused():
     trainer = SequentialTrainer(nn.Linear(64, 10), "slda")
     with pytest.raises(CapabilityError, match="Strategy 'slda' needs a backbone with a head"):
         trainer.fit(tasks)
+
+
+@pytest.mark.parametrize("name", ["ncm", "dkvb"])
+def test_changed_images_are_refused_by_a_method_that_reads_each_once(name, vision_content):
+    vision_content["train"]["augment"] = "crop-flip"
+    trainer, tasks = trainer_for(vision_content, name)
+    with pytest.raises(CapabilityError, match=f"Strategy '{name}' reads every image once, as it is; set train.augment"):
+        trainer.fit(tasks)
+
+
+def test_the_steps_of_a_run_are_known_before_it():
+    content = digits(num_tasks=5)
+    for train, replay in (
+        ({"epochs": 3}, {}),
+        ({"steps": 1000}, {"size": 50, "policy": "herding"}),
+        ({"steps": 2}, {}),
+    ):
+        content["train"] = {"batch_size": 32, **train}
+        trainer, tasks = trainer_for(content, "ncm", replay=replay)
+        planned = build.stage_steps(trainer.config, tasks)
+        trainer.fit(tasks)
+        assert trainer.position.total_steps == sum(planned)
+        every = sum(len(t.train) for t in tasks)
+        assert trainer.strategy.statistics.counts.sum() == (every if train.get("steps") != 2 else 5 * 2 * 32)
 
 
 def test_features_that_are_not_finite_are_named_before_they_are_counted():

@@ -403,6 +403,7 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("options", "where"),
         [
+            ({"budget": 1.8, "budget_at": "stage", "replay": {"policy": "reservoir"}}, "strategy.replay.policy"),
             ({"train_base": False, "stop_old_gradient": True}, "strategy.stop_old_gradient"),
             ({"serve": "nearest-mean", "replay": {"size": 0}}, "strategy.serve"),
         ],

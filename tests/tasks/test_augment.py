@@ -6,9 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from clkit import api, resolve
+from clkit import api, build, resolve
 from clkit.errors import CapabilityError
 from clkit.tasks.augment import BRIGHTNESS, augment
+from clkit.trainer import SequentialTrainer
 
 
 def images(count=64, side=32):
@@ -59,6 +60,16 @@ def test_a_batch_in_pieces_is_changed_alike():
 def test_what_can_not_be_augmented_is_refused(inputs, kind):
     with pytest.raises(CapabilityError, match="train.augment"):
         augment(inputs, kind, torch.Generator())
+
+
+def test_features_in_the_place_of_images_are_refused(vision_content):
+    vision_content["model"]["freeze_backbone"] = True
+    vision_content["train"]["augment"] = "crop-flip"
+    config = resolve.validate(vision_content)
+    tasks = build.make_tasks(config)
+    model = build.make_model(config.model, tasks, 0, lambda text: None)
+    with pytest.raises(CapabilityError, match=r"train.augment: 'crop-flip' needs images, and .* have features"):
+        SequentialTrainer(model, "naive", config).fit(tasks)
 
 
 def test_a_run_refuses_vectors_before_it_loads_anything(vision_content):
