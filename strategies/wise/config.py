@@ -44,7 +44,7 @@ class WISEConfig(StrategyConfig):
     contexts: int = opt(
         10, "texts that the model writes itself, put before the prompt to learn paraphrases", min=0, max=10
     )
-    negatives: int = opt(8, "further irrelevant prompts per edit, of earlier edits and built in (compat: none)", min=0)
+    negatives: int = opt(8, "further irrelevant prompts per edit, drawn from the built-in ones (compat: none)", min=0)
     eos: bool = opt(True, "teach that the answer ends (compat: not)")
     storage: str = opt(
         "float16",

@@ -122,7 +122,7 @@ class Wise:
         )
 
     def _irrelevant(self, record: EditRecord) -> list[str]:
-        """The record's own irrelevant prompt, and further ones drawn from earlier edits' and the built-in ones."""
+        """The record's own irrelevant prompt, and further ones drawn from those built in."""
         if self.config.compat:
             text = record.locality_prompt or contexts.IRRELEVANT[0]
             return [f"{text} {record.locality_answer}" if record.locality_answer else text]
