@@ -73,6 +73,8 @@ def settled(config: WISEConfig) -> WISEConfig:
 def problems(config: WISEConfig) -> list[Problem]:
     """Options that do not fit together."""
     found = []
+    if config.replay.size:
+        found.append(Problem("strategy.replay.size", f"got {config.replay.size}, expected 0: edits rehearse nothing"))
     if config.merge_every % config.shard_size:
         found.append(
             Problem(

@@ -9,6 +9,7 @@ import torch
 from wise_models import edited, logits, quick, record, tiny
 
 from clkit.checkpoint import pack, unpack
+from clkit.config import ReplayConfig
 from clkit.errors import NumericalError, RequestError
 from clkit.strategies.wise import rows
 from clkit.strategies.wise.config import WISEConfig, problems, settled
@@ -227,8 +228,9 @@ def test_a_closed_memory_takes_a_quarter_of_the_dense_matrix():
 
 # --- options ----------------------------------------------------------------------------------------------------------
 def test_options_that_do_not_fit_together_are_found_before_anything_is_loaded():
-    found = problems(WISEConfig(shard_size=300, merge_every=1000, alpha=2.0, beta=1.0))
-    assert [p.where for p in found] == ["strategy.merge_every", "strategy.alpha"]
+    replay = ReplayConfig(size=5)
+    found = problems(WISEConfig(shard_size=300, merge_every=1000, alpha=2.0, beta=1.0, replay=replay))
+    assert [p.where for p in found] == ["strategy.replay.size", "strategy.merge_every", "strategy.alpha"]
     assert problems(WISEConfig()) == [] == problems(WISEConfig(compat=True))
 
 
