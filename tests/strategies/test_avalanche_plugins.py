@@ -18,7 +18,7 @@ from clkit.loader import epoch_order
 from clkit.rng import derive_seed, fresh_generator
 from clkit.strategies.avalanche.plugins import project
 from clkit.tasks.augment import augmented
-from clkit.tasks.avalanche import to_benchmark
+from clkit.tasks.avalanche import importing, to_benchmark
 
 pytest.importorskip("avalanche")
 
@@ -84,8 +84,9 @@ def test_generic_plug_ins_resume_bit_identically_on_adapters(plugin, text_conten
 # --- equal to Avalanche's own loop --------------------------------------------------------------------------------
 def avalanche_matrix(trainer, tasks, plugins=()):
     """Accuracy on every task after every experience, learned by Avalanche's own loop in clkit's data order."""
-    from avalanche.training.plugins import EvaluationPlugin, SupervisedPlugin
-    from avalanche.training.supervised import Naive
+    with importing():
+        from avalanche.training.plugins import EvaluationPlugin, SupervisedPlugin
+        from avalanche.training.supervised import Naive
 
     train, seed = trainer.config.train, trainer.config.seed
     model = copy.deepcopy(trainer.model.module)
@@ -146,7 +147,8 @@ def avalanche_matrix(trainer, tasks, plugins=()):
 
 @pytest.mark.parametrize("plugin", [None, "replay", "ewc"])
 def test_scores_are_those_of_avalanches_own_loop(plugin, tmp_path):
-    from avalanche.training.plugins import EWCPlugin, ReplayPlugin
+    with importing():
+        from avalanche.training.plugins import EWCPlugin, ReplayPlugin
 
     given = digits(tmp_path, reset_optimizer=False)
     if plugin is None:

@@ -12,7 +12,7 @@ import torch
 
 from clkit.errors import ConfigError, DataError
 from clkit.tasks import build_tasks
-from clkit.tasks.avalanche import from_benchmark, to_benchmark
+from clkit.tasks.avalanche import from_benchmark, importing, to_benchmark
 from clkit.tasks.base import TaskSequence
 
 pytest.importorskip("avalanche")
@@ -115,10 +115,11 @@ def test_there_and_back_keeps_everything(scenario):
 
 
 def test_avalanche_trains_on_a_sequence():
-    from avalanche.evaluation.metrics import accuracy_metrics
-    from avalanche.logging import TextLogger
-    from avalanche.training.plugins import EvaluationPlugin
-    from avalanche.training.supervised import LwF
+    with importing():
+        from avalanche.evaluation.metrics import accuracy_metrics
+        from avalanche.logging import TextLogger
+        from avalanche.training.plugins import EvaluationPlugin
+        from avalanche.training.supervised import LwF
 
     benchmark = to_benchmark(build_tasks("digits", {"num_tasks": 2, "train_limit": 40, "eval_limit": 20}))
     torch.manual_seed(0)
