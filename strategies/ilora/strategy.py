@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from clkit.config import ReplayConfig, StrategyConfig, opt
 from clkit.errors import ConfigError, Problem
+from clkit.models.pieces import OutputLayer, summed_cross_entropy
 from clkit.modes import evaluating, swapped
 from clkit.strategies.ilora.consistency import find_decoder, showing, squared_gap
 from clkit.strategy import Capabilities, Losses, RunContext, Strategy
@@ -82,6 +84,7 @@ class ILoRA(Strategy):
         self.slow: dict[str, Tensor] = {}
         self._fast: dict[str, nn.Parameter] = {}
         self._layers: list[int] = []
+        self._output: OutputLayer | None = None
 
     @classmethod
     def check(cls, config: ILoRAConfig) -> list[Problem]:
@@ -124,6 +127,8 @@ class ILoRA(Strategy):
         }
         if self.config.gamma:
             self._layers = self._chosen_layers(len(find_decoder(run.model.module)[1]))
+            half = getattr(run.model, "autocast_dtype", None) is torch.float16  # unscaled gradients would vanish
+            self._output = None if half else OutputLayer.of(run.model.module)
 
     def _chosen_layers(self, count: int) -> list[int]:
         if not self.config.layers:
@@ -150,10 +155,12 @@ class ILoRA(Strategy):
             fast = states.flatten(0, 1).index_select(0, places)
             gaps.append(squared_gap(fast, anchors.pop(k), self.config.consistency == "hinge") / fast.shape[1])
 
-        with showing(decoder, blocks, wanted, compare):
-            logits = self.run.model.logits(batch)
+        # What is compared is held until the backward pass; the output layer in pieces makes up for that.
+        apart = self._output.apart() if self._output else contextlib.nullcontext()
+        with showing(decoder, blocks, wanted, compare), apart:
+            scores = self.run.model.logits(batch)
         consistency = torch.stack(gaps).sum() / (len(places) * len(self._layers))
-        return {**self._cross_entropy(batch, logits), "consistency": self.config.gamma * consistency}
+        return {**self._cross_entropy(batch, scores, self._output), "consistency": self.config.gamma * consistency}
 
     def _slow_states(
         self, batch: Batch, decoder: nn.Module, blocks: nn.ModuleList, wanted: list[int]
@@ -177,16 +184,32 @@ class ILoRA(Strategy):
             decoder(**inputs, use_cache=False)
         return kept
 
-    def _cross_entropy(self, batch: Batch, logits: Tensor) -> Losses:
-        """Mean over all targets; in `compat` half the mean of the new rows plus half that of the replayed rows."""
-        if batch.replayed is None or not self.config.compat:
-            return {"cross_entropy": self.run.model.loss(batch, logits)}
+    def _cross_entropy(self, batch: Batch, scores: Tensor, output: OutputLayer | None = None) -> Losses:
+        """Mean over all targets; in `compat` half the mean of the new rows plus half that of the replayed rows.
+
+        Args:
+            batch: new and replayed rows.
+            scores: (B, P, vocabulary) logits, or (B, P, d) what goes into ``output``.
+            output: the layer that is still to be applied.
+        """
         targets = self.run.model.targets(batch)
-        return {
-            name: F.cross_entropy(logits[rows].flatten(0, 1).float(), targets[rows].flatten()) / 2
-            for name, rows in (("cross_entropy", ~batch.replayed), ("replay", batch.replayed))
-            if bool(rows.any())
-        }
+        if batch.replayed is None or not self.config.compat:
+            parts = {"cross_entropy": (torch.ones_like(targets[:, 0], dtype=torch.bool), 1.0)}
+        else:
+            parts = {
+                name: (rows, 0.5)
+                for name, rows in (("cross_entropy", ~batch.replayed), ("replay", batch.replayed))
+                if bool(rows.any())
+            }
+        losses = {}
+        for name, (rows, weight) in parts.items():
+            flat, wanted = scores[rows].flatten(0, 1), targets[rows].flatten()
+            if output is None:
+                total = F.cross_entropy(flat.float(), wanted, ignore_index=-100, reduction="sum")
+            else:
+                total = summed_cross_entropy(output.head, flat, wanted)
+            losses[name] = weight * total / max(int((wanted != -100).sum()), 1)
+        return losses
 
     def units(self, batch: Batch) -> dict[str, float]:
         """Consistency is a mean over unpadded replayed positions, the halves of `compat` over their own targets."""
