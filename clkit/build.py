@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
+from clkit import tracking
 from clkit.config import EvalConfig, ModelConfig, Plugin, RunConfig
 from clkit.engine import ENGINES
 from clkit.errors import CapabilityError, ClkitError, ConfigError, DataError, ModelError, Problem
@@ -142,6 +143,7 @@ def check(config: RunConfig, tasks: TaskSequence, capabilities: Any) -> Engine:
     except CapabilityError as error:
         errors.append(error)
     errors += _metric_errors(tasks, config.eval.also)
+    errors += [ConfigError(str(p)) for p in tracking.problems(config.tracking.to)]
     try:
         _check_size(config.model, tasks)
     except ModelError as error:

@@ -10,6 +10,7 @@ from typing import Any
 
 from clkit.editing.cli import add_edit_command
 from clkit.errors import ClkitError, ConfigError
+from clkit.report.command import add_report_command
 
 _EXIT_INTERRUPTED = 130
 _LISTS = ("strategies", "tasks", "metrics", "models", "engines", "configs")
@@ -104,17 +105,14 @@ def _parser() -> argparse.ArgumentParser:
         "clkit export runs/quickstart/replay my_adapter",
     )
     export.add_argument("run_dir", metavar="RUN", type=Path, help="a run directory")
-    export.add_argument("target", type=Path, help="a new directory")
+    export.add_argument("target", type=Path, nargs="?", help="a new directory")
+    export.add_argument("--push-to-hub", metavar="NAME", help="upload it to this Hugging Face repository")
+    export.add_argument("--public", action="store_true", help="make a new repository public (default: private)")
 
     add_edit_command(commands, _add)
 
-    report = _add(
-        commands,
-        "report",
-        _report,
-        "write report.html for one run, or one that compares several",
-        "clkit report runs/quickstart/naive runs/quickstart/replay --output report.html",
-    )
+    add_report_command(commands, _add)
+
     unlearn = _add(
         commands,
         "unlearn",
@@ -133,8 +131,6 @@ def _parser() -> argparse.ArgumentParser:
         similar.add_argument(flag, dest="decision", action="store_const", const=decision, help=text)
     unlearn.add_argument("--purge", action="store_true", help="then delete the old run's checkpoints and export")
     unlearn.add_argument("--verify", metavar="CERTIFICATE", type=Path, help="check a certificate again, nothing else")
-    report.add_argument("run_dirs", metavar="RUN", nargs="+", type=Path, help="run directories")
-    report.add_argument("--output", type=Path, help="the file to write (default: report.html in the first run)")
     return parser
 
 
@@ -262,28 +258,28 @@ def _cp(arguments: Any) -> None:
 
 
 def _export(arguments: Any) -> None:
-    from clkit import api
+    import tempfile
 
-    if arguments.target.exists():
+    from clkit import api
+    from clkit.hub import push
+
+    if arguments.target is None and arguments.push_to_hub is None:
+        raise ConfigError("clkit export: give a new directory, --push-to-hub NAME, or both")
+    if arguments.target is not None and arguments.target.exists():
         raise ConfigError(f"{arguments.target}: exists already; choose another name")
-    with api.open_run(arguments.run_dir) as trainer:
-        print(trainer.export(arguments.target))
+    with tempfile.TemporaryDirectory() as temporary, api.open_run(arguments.run_dir) as trainer:
+        target = arguments.target or Path(temporary) / "export"
+        snippet = trainer.export(target)
+        if arguments.push_to_hub is None:
+            print(snippet)
+        else:
+            print(push(target, arguments.push_to_hub, public=arguments.public))
 
 
 def _unlearn(arguments: Any) -> None:
     from clkit.unlearning.command import unlearn
 
     unlearn(arguments)
-
-
-def _report(arguments: Any) -> None:
-    from clkit.report import write_report
-    from clkit.result import RunResult
-
-    results = [RunResult.load(run_dir) for run_dir in arguments.run_dirs]
-    target = arguments.output or arguments.run_dirs[0] / "report.html"
-    write_report(results, target)
-    print(target)
 
 
 if __name__ == "__main__":

@@ -154,6 +154,12 @@ class TrackingConfig:
 
     log_every: int = opt(10, "write the loss terms to events.jsonl every so many steps", min=1)
     progress: bool = opt(True, "progress bars, when standard error is a terminal")
+    samples: int = opt(3, "records per task whose answers are kept in samples.json; 0 = none", min=0, max=100)
+    to: list[str] = opt(
+        [],
+        "trackers that also get every number of events.jsonl; each needs its package",
+        choices=("tensorboard", "wandb", "mlflow"),
+    )
 
 
 @dataclass

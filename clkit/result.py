@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +15,11 @@ from clkit.metrics.continual import DEFINITIONS, label
 from clkit.metrics.format import FORMAT_DEFINITIONS
 from clkit.rundir import RunDirectory
 from clkit.scores import Scores, format_split
+
+if TYPE_CHECKING:
+    import pandas
+
+    from clkit.report.plots import Plots
 
 # What is shown of a further matrix beside its numbers.
 SHOWN = ("average_accuracy", "bwt", "forgetting")
@@ -58,6 +63,31 @@ class RunResult:
         Empty unless both strict and tolerant scores were measured (``eval.also``).
         """
         return format_split(self.scores, self.further)
+
+    @property
+    def plot(self) -> Plots:
+        """Plots on Matplotlib axes: ``result.plot.matrix()``, ``scores()``, ``forgetting()``, ``losses()``."""
+        from clkit.report.plots import Plots
+
+        return Plots(self)
+
+    def to_frame(self) -> pandas.DataFrame:
+        """The main matrix as a pandas frame: a row per state of the model, a column per scored task; NaN unmeasured.
+
+        Raises:
+            ImportError: pandas is not installed.
+        """
+        import pandas
+
+        rows = ["before training", *(f"after {t}" for t in self.tasks)]
+        numbers = np.vstack([self.initial, self.matrix])
+        return pandas.DataFrame(numbers, index=rows, columns=[*self.tasks, *self.holdout])
+
+    def _repr_html_(self) -> str:
+        """The heat map and the metrics, as a notebook shows them."""
+        from clkit.report.page import notebook
+
+        return notebook(self)
 
     def save(self, directory: RunDirectory) -> None:
         """Write ``matrix.json`` and ``metrics.json``, and ``further.json`` if there is more than one matrix."""

@@ -33,7 +33,13 @@ _OWN = (
     "metrics.json",
     "further.json",
     "answer_styles.jsonl",
+    "samples.json",
+    "tracking.json",
+    "tensorboard",
+    "wandb",
+    "mlruns",
     "report.html",
+    "report_figures",
     "export",
     ".tmp-export",
     "config.yaml",
@@ -49,7 +55,9 @@ class RunDirectory:
 
     ``config.yaml`` resolved configuration; ``run.json`` versions, git revision, data and model hashes; ``status.json``;
     ``events.jsonl``; ``matrix.json``; ``metrics.json``; ``further.json`` further matrices; ``answer_styles.jsonl``
-    converted training records; ``checkpoints/``; ``export/``; ``report.html``.
+    converted training records; ``samples.json`` what the model answered to a few records; ``checkpoints/``;
+    ``export/``; ``report.html`` and ``report_figures/``; ``tracking.json``, ``tensorboard/``, ``wandb/`` and
+    ``mlruns/`` of the trackers that are on.
     """
 
     def __init__(self, path: str | Path, keep: int = 2) -> None:

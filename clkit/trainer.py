@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import math
 import shutil
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -24,6 +23,7 @@ from torch import nn
 
 from clkit.build import coerce
 from clkit.cache import RowCache, computed_root
+from clkit.card import card
 from clkit.checkpoint import CheckpointStore
 from clkit.config import EngineConfig, RunConfig
 from clkit.engine.base import Engine
@@ -32,7 +32,9 @@ from clkit.errors import NumericalError
 from clkit.evaluation.base import Score, evaluate_all
 from clkit.files import disk_errors
 from clkit.loader import Encodings, split_batch
+from clkit.loop import StepLoop
 from clkit.models.base import Model
+from clkit.observe import Observer
 from clkit.progress import Progress
 from clkit.provenance import answer_styles, collect
 from clkit.resolve import to_dict
@@ -41,7 +43,7 @@ from clkit.rng import Streams
 from clkit.rundir import RunDirectory
 from clkit.scores import Scores
 from clkit.signals import Interrupted, stop_on_signal
-from clkit.strategy import Position, RunContext, Strategy, TaskLoop
+from clkit.strategy import Position, RunContext, Strategy
 from clkit.tasks.augment import augmented
 from clkit.tasks.base import Task, TaskSequence
 from clkit.tasks.batch import Batch
@@ -107,7 +109,7 @@ class SequentialTrainer:
         self.prepare(tasks)
         self.run.encodings.check()
         state = self.position
-        with stop_on_signal(self._request_stop):
+        with contextlib.closing(self.observer), stop_on_signal(self._request_stop):
             if self.config.eval.initial and not self._initial_done:
                 self._score(lambda scores: scores.initial, "before training", range(len(self.scored)))
                 self._initial_done = True
@@ -119,8 +121,11 @@ class SequentialTrainer:
                         self._learned = True
                         self._checkpoint()
                     self._score(lambda scores: scores.matrix[state.stage], f"after {tasks[state.stage].name}")
+                    self.observer.cost(tasks, state.stage, self.strategy)
                 state.stage, state.step, self._learned = state.stage + 1, 0, False
                 self._checkpoint()
+            totals = {k: v for k, v in self.scores.metrics().items() if k != "per_task"}
+            self.observer.event("metrics", values=totals)
         return self._finish()
 
     def prepare(self, tasks: TaskSequence, *, read_only: bool = False) -> bool:
@@ -128,6 +133,8 @@ class SequentialTrainer:
         self.tasks = tasks
         self.scored = [*tasks, *tasks.holdout]
         self.position = Position()
+        kept = self.directory if self.engine.is_main and not read_only else None
+        self.observer = Observer(kept, self.config, self.position)
         own = [task.metric for task in self.scored]
         self.scores = Scores.empty(len(tasks), own)
         self.further = {m: Scores.empty(len(tasks), [m] * len(own)) for m in self.config.eval.also}
@@ -145,16 +152,17 @@ class SequentialTrainer:
             streams,
             Encodings(self.model, tasks, cache),
             self.position,
-            lambda name, value: self._event("value", name=name, value=value),
+            lambda name, value: self.observer.event("value", name=name, value=value),
             cache,
         )
         self.strategy.setup(self.run)
         self.further |= {name: Scores.empty(len(tasks), own) for name in self.strategy.alternatives()}
         saved = self.store.load() if self.store is not None else None
-        if self.directory is not None and self.engine.is_main and not read_only:
-            self.directory.open_events(saved["events"] if saved else 0)
+        if kept is not None:
+            kept.open_events(saved["events"] if saved else 0)
         if saved:
             self._restore(saved)
+        self.observer.begin(tasks, self.scores, resumed=bool(saved))
         return saved is not None
 
     # --- one task ---------------------------------------------------------------------------------------------------
@@ -165,10 +173,10 @@ class SequentialTrainer:
         if position.step == 0:
             self.strategy.begin_task(task)
             self._start_optimizer(total)
-            self._event("task", name=task.name, examples=count, steps=total)
+            self.observer.event("task", name=task.name, examples=count, steps=total)
         self.model.module.train()
         with self.progress.task(f"[{position.stage + 1}/{len(self.tasks)}] {task.name}", total, position.step) as bar:
-            self.strategy.train_task(task, _Loop(self, task, bar))
+            self.strategy.train_task(task, StepLoop(self, task, bar))
         self.strategy.end_task(task)
         self.strategy.select_exemplars()
 
@@ -223,7 +231,7 @@ class SequentialTrainer:
 
     def _not_finite(self, what: str, values: dict[str, float], task: Task, ids: list[str]) -> NumericalError:
         shown = ", ".join(ids[:8]) + (f" and {len(ids) - 8} more" if len(ids) > 8 else "")
-        self._event("not_finite", what=what, task=task.name, step=self.position.step, ids=ids)
+        self.observer.event("not_finite", what=what, task=task.name, step=self.position.step, ids=ids)
         culprit = "look at these records"
         if self._weights_are_broken():
             culprit = "the update before had broken the weights, so it is not these records"
@@ -271,7 +279,9 @@ class SequentialTrainer:
                             row(table)[j] = found[table.task_metrics[j]].value
                         for score in found.values():
                             about = {"task": self.scored[j].name, "metric": score.metric, "n": score.n, **of}
-                            self._event("score", after=when, stage=stage, value=score.value, **about)
+                            self.observer.event("score", after=when, stage=stage, value=score.value, **about)
+                        if further and not name:
+                            self.observer.sample(self.scored[j], j, found[self.scores.task_metrics[j]], when)
                         shown += [] if name else [f"{self.scored[j].name} {found[tables[0].task_metrics[j]].value:.3f}"]
                         bar.advance(1)
         if self._stop:
@@ -366,13 +376,9 @@ class SequentialTrainer:
     def _request_stop(self) -> None:
         self._stop = True
 
-    def _event(self, kind: str, **fields: Any) -> None:
-        if self.directory is not None and self.engine.is_main:
-            self.directory.event(kind, total_steps=self.position.total_steps, time=round(time.time(), 3), **fields)
-
-    def _finish(self) -> RunResult:
+    def _result(self) -> RunResult:
         scores = self.scores
-        result = RunResult(
+        return RunResult(
             name=self.config.name,
             tasks=[t.name for t in self.tasks],
             holdout=[t.name for t in self.tasks.holdout],
@@ -384,6 +390,9 @@ class SequentialTrainer:
             further=self.further,
             run_dir=self.directory.path if self.directory is not None else None,
         )
+
+    def _finish(self) -> RunResult:
+        result = self._result()
         if self.directory is not None and self.engine.is_main:
             result.snippet = self.export(self.directory.path / "export")
             result.save(self.directory)
@@ -397,52 +406,9 @@ class SequentialTrainer:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
             snippet = self.strategy.export(temporary)
+            shown = snippet.replace(str(temporary), ".")
+            text = card(self._result(), self.config, shown, getattr(self.model, "base", None))
+            (temporary / "README.md").write_text(text, encoding="utf-8")
             shutil.rmtree(directory, ignore_errors=True)
             temporary.replace(directory)
         return snippet.replace(str(temporary), str(directory))
-
-
-class _Loop(TaskLoop):
-    """The steps of one task."""
-
-    def __init__(self, trainer: SequentialTrainer, task: Task, bar: Any) -> None:
-        self._trainer, self._task, self._bar = trainer, task, bar
-        self._since = time.perf_counter()
-        self._tokens = 0
-
-    def run(self) -> None:
-        for batch in self._trainer.strategy.train_loader(self._task):
-            self._take(batch)
-
-    def step(self, batch: Batch) -> dict[str, float]:
-        return {name: float(value) for name, value in self._take(batch).items()}
-
-    def done(self, losses: dict[str, float]) -> None:
-        self._trainer.position.advance()
-        self._after(losses, None)
-
-    def _take(self, batch: Batch) -> dict[str, torch.Tensor]:
-        rate = self._trainer.engine.learning_rate
-        terms = self._trainer._step(batch, self._task)
-        self._tokens += batch.labels.numel()
-        self._after(terms, rate)
-        return terms
-
-    def _after(self, terms: Mapping[str, torch.Tensor | float], rate: float | None) -> None:
-        """What follows a step: log, score and checkpoint when it is time, stop when asked to."""
-        trainer, config = self._trainer, self._trainer.config
-        step = trainer.position.step
-        if step % config.tracking.log_every == 0 or step == 1:
-            losses = {name: float(value) for name, value in terms.items()}
-            extra = {} if rate is None else {"learning_rate": rate}
-            trainer._event("step", task=self._task.name, step=step, losses=losses, **extra)
-            now = time.perf_counter()
-            self._bar.show(losses, self._tokens / max(now - self._since, 1e-9))
-            self._since, self._tokens = now, 0
-        self._bar.advance(1)
-        if config.eval.every_steps and step % config.eval.every_steps == 0:
-            title = f"step {step} of {self._task.name}"
-            trainer._score(lambda scores: np.full(len(trainer.scored), math.nan), title, further=False)
-            trainer.model.module.train()
-        if trainer._stop or (config.checkpoint.every_steps and step % config.checkpoint.every_steps == 0):
-            trainer._checkpoint()

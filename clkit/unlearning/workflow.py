@@ -132,7 +132,7 @@ def serve(
         method: how the model is trained without them.
         gates: what must hold; by default that the data were the retained ones and that utility is kept.
         decision: what to do with near-duplicates: take them along, or keep them.
-        purge: delete the superseded run's checkpoints and export after the certificate is written.
+        purge: delete the superseded run's checkpoints, export, samples and report after the certificate is written.
         say: shows where it is; gets counts and paths only.
 
     Returns:
@@ -310,9 +310,10 @@ def _capabilities(config: RunConfig) -> Any:
 
 
 def _purge(run_dir: Path, say: Callable[[str], None]) -> None:
-    for name in ("checkpoints", "export"):
+    # Samples and the page that shows them quote records.
+    for name in ("checkpoints", "export", "samples.json", "report.html"):
         path = run_dir / name
         if path.exists():
             with disk_errors(path):
-                shutil.rmtree(path)
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
             say(f"deleted {path}")

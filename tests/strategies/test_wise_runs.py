@@ -12,7 +12,8 @@ from clkit import api, build, resolve
 from clkit.checkpoint import pack, unpack
 from clkit.editing import attach
 from clkit.errors import CapabilityError, ConfigError
-from clkit.trainer import SequentialTrainer, _Loop
+from clkit.loop import StepLoop
+from clkit.trainer import SequentialTrainer
 
 
 @pytest.fixture
@@ -62,7 +63,7 @@ def test_a_run_that_is_cut_at_any_edit_ends_bit_identically(content, tmp_path, m
 
     whole = api.run(resolve.validate({**content, "output_dir": str(tmp_path / "whole")}))
     config = resolve.validate({**content, "output_dir": str(tmp_path / "cut")})
-    plain = _Loop.done
+    plain = StepLoop.done
     for cut in (0, 1, 2, 1):
         left = [cut]
 
@@ -73,7 +74,7 @@ def test_a_run_that_is_cut_at_any_edit_ends_bit_identically(content, tmp_path, m
             plain(self, losses)
 
         with monkeypatch.context() as patch, pytest.raises(Cut):
-            patch.setattr(_Loop, "done", done)
+            patch.setattr(StepLoop, "done", done)
             api.run(config)
     resumed = api.run(config)
     assert resumed.metrics == whole.metrics

@@ -1,0 +1,156 @@
+"""What a run writes down about itself: events, samples of its answers, what it costs; and the trackers get it too."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from clkit.config import RunConfig
+from clkit.evaluation.base import Score
+from clkit.memory.base import Ref
+from clkit.resolve import to_dict
+from clkit.rundir import RunDirectory
+from clkit.scores import Scores
+from clkit.strategy import Position, Strategy
+from clkit.tasks.base import EditExamples, Examples, LabelledExamples, Task, TaskSequence, TextExamples
+from clkit.tracking import Tracker, open_trackers, scalars
+
+SAMPLES = "samples.json"
+_LONGEST = 600  # characters of a prompt or an answer that are kept
+
+
+class Observer:
+    """Writes down what happens in a run; without a directory it does nothing.
+
+    Args:
+        directory: the run directory, of the process that writes; None for all others.
+        config: the run's.
+        position: where the run is; read at each event.
+    """
+
+    def __init__(self, directory: RunDirectory | None, config: RunConfig, position: Position) -> None:
+        self._directory, self._config, self._position = directory, config, position
+        self._trackers: list[Tracker] = []
+        self._samples: dict[str, list[dict[str, Any]]] = {}
+
+    def begin(self, tasks: TaskSequence, scores: Scores, *, resumed: bool) -> None:
+        """Say what the run is about, or that it goes on; open the trackers."""
+        if self._directory is None:
+            return
+        config = self._config
+        self._trackers = open_trackers(
+            config.tracking.to, self._directory, config.name, to_dict(config), self._position.total_steps
+        )
+        if resumed:
+            self._samples = self._directory.read(SAMPLES) or {}
+            self.event("resume")
+            return
+        names = {"tasks": [t.name for t in tasks], "holdout": [t.name for t in tasks.holdout]}
+        self.event("start", **names, task_metrics=scores.task_metrics, higher_is_better=scores.higher_is_better)
+
+    def event(self, kind: str, **fields: Any) -> None:
+        """Append one line to ``events.jsonl`` and hand its numbers to the trackers."""
+        if self._directory is None:
+            return
+        step = self._position.total_steps
+        self._directory.event(kind, total_steps=step, time=round(time.time(), 3), **fields)
+        numbers = scalars(kind, fields) if self._trackers else {}
+        for tracker in self._trackers:
+            tracker.log(numbers, step)
+
+    def sample(self, task: Task, column: int, score: Score, when: str) -> None:
+        """Keep what the model said to the first records of a task: before training, once learned, and lately."""
+        count = self._config.tracking.samples
+        if self._directory is None or not count or not any(d.prediction is not None for d in score.details[:count]):
+            return
+        stage = -1 if when == "before training" else self._position.stage
+        rows = [
+            {
+                "id": detail.id,
+                "prompt": _prompt(task.eval, i),
+                "gold": _short(_named(task, detail.gold)),
+                "prediction": _short(_named(task, detail.prediction)),
+                "value": detail.value,
+            }
+            for i, detail in enumerate(score.details[:count])
+        ]
+        # What comes later than this was written before an earlier checkpoint was gone back to.
+        kept = [entry for entry in self._samples.get(task.name, []) if entry["stage"] < stage]
+        learned = [entry for entry in kept if entry["stage"] in (-1, column)]
+        self._samples[task.name] = [*learned, {"stage": stage, "when": when, "metric": score.metric, "rows": rows}]
+        self._directory.write(SAMPLES, self._samples)
+
+    def cost(self, tasks: TaskSequence, stage: int, strategy: Strategy) -> None:
+        """Write down what learning up to ``stage`` takes: parameters, bytes of model and exemplars, peak memory."""
+        if self._directory is None:
+            return
+        module, held = strategy.run.model.module, strategy.buffer.refs if strategy.buffer is not None else []
+        tensors = [*module.parameters(), *module.buffers()]
+        self.event(
+            "cost",
+            task=tasks[stage].name,
+            stage=stage,
+            parameters=sum(p.numel() for p in module.parameters()),
+            trainable_parameters=sum(p.numel() for p in strategy.parameters()),
+            model_bytes=sum(t.numel() * t.element_size() for t in tensors),
+            exemplars=len(held),
+            exemplar_bytes=exemplar_bytes(tasks, held),
+            peak_memory_bytes=peak_memory(strategy.run.engine.device),
+        )
+
+    def close(self) -> None:
+        """Finish what the trackers have begun."""
+        for tracker in self._trackers:
+            tracker.close()
+        self._trackers = []
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes in use so far: of the GPU's memory, else of the process."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def exemplar_bytes(tasks: Sequence[Task], held: Sequence[Ref]) -> int | None:
+    """Raw bytes of the records in a buffer: tensors as they are stored, text in UTF-8; None where it can't be told."""
+    total = 0
+    for task in {ref.task for ref in held}:
+        train, indices = tasks[task].train, [ref.index for ref in held if ref.task == task]
+        if isinstance(train, TextExamples):
+            total += sum(len((train.records[i].prompt + train.records[i].answer).encode()) for i in indices)
+        elif isinstance(train, LabelledExamples) and isinstance(train.inputs, tuple):
+            total += sum(len(train.inputs[i].encode()) for i in indices)
+        elif isinstance(train, LabelledExamples) and isinstance(train.inputs, torch.Tensor):
+            total += len(indices) * train.inputs[0].numel() * train.inputs.element_size()
+        else:
+            return None
+    return total
+
+
+def _prompt(examples: Examples, i: int) -> str | None:
+    if isinstance(examples, (TextExamples, EditExamples)):
+        return _short(examples.records[i].prompt)
+    if isinstance(examples, LabelledExamples) and isinstance(examples.inputs, tuple):
+        return _short(examples.inputs[i])
+    return None
+
+
+def _named(task: Task, value: str | None) -> str | None:
+    """A class by its name, where the task has names."""
+    names = task.metadata.get("class_names")
+    if task.kind != "classification" or not names or value is None or not value.isdigit():
+        return value
+    if isinstance(names, dict):
+        return str(names.get(value, value))
+    return str(names[int(value)]) if int(value) < len(names) else value
+
+
+def _short(text: str | None) -> str | None:
+    return text if text is None or len(text) <= _LONGEST else text[: _LONGEST - 1] + "…"

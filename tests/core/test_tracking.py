@@ -1,0 +1,124 @@
+"""Trackers get the numbers of events.jsonl under the same names; W&B stays offline, MLflow in plain files."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from clkit import resolve
+from clkit.api import run
+from clkit.cli import main
+from clkit.errors import ConfigError
+from clkit.tracking import open_trackers, scalars
+
+
+def content(vision_content, trackers):
+    vision_content["tasks"] |= {"flat": True, "num_tasks": 2}
+    vision_content["model"] = {"name": "mlp", "hidden": [8]}
+    return vision_content | {"tracking": {"log_every": 1, "to": trackers}}
+
+
+def told(run_dir) -> dict[str, list[tuple[int, float]]]:
+    """What events.jsonl says, by name."""
+    found: dict[str, list[tuple[int, float]]] = {}
+    for line in (run_dir / "events.jsonl").read_text().splitlines():
+        event = json.loads(line)
+        for name, value in scalars(event["event"], event).items():
+            found.setdefault(name, []).append((event["total_steps"], value))
+    return found
+
+
+def test_events_have_names_for_all_numbers(vision_content):
+    result = run(resolve.validate(content(vision_content, [])))
+    names = told(result.run_dir)
+    assert {"loss/cross_entropy", "learning_rate", "score/task-1/accuracy", "cost/parameters"} <= names.keys()
+    assert names["metric/average_accuracy"][-1][1] == result.metrics["average_accuracy"]
+    assert not (result.run_dir / "tracking.json").exists()
+
+
+def test_tensorboard_gets_every_number(vision_content):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    result = run(resolve.validate(content(vision_content, ["tensorboard"])))
+    read = EventAccumulator(str(result.run_dir / "tensorboard"), size_guidance={"scalars": 0})
+    read.Reload()
+    expected = told(result.run_dir)
+    assert set(read.Tags()["scalars"]) == expected.keys()
+    for name, points in expected.items():
+        seen = [(e.step, e.value) for e in read.Scalars(name)]
+        assert [s for s, _ in seen] == [s for s, _ in points]
+        assert [v for _, v in seen] == pytest.approx([v for _, v in points], rel=1e-6)
+
+
+def test_mlflow_gets_every_number_in_plain_files_and_goes_on_in_the_same_run(vision_content):
+    mlflow = pytest.importorskip("mlflow")
+    config = content(vision_content, ["mlflow"])
+    result = run(resolve.validate(config))
+    client = mlflow.MlflowClient((result.run_dir / "mlruns").as_uri())
+    identity = json.loads((result.run_dir / "tracking.json").read_text())["mlflow"]
+    for name, points in told(result.run_dir).items():
+        assert [(m.step, m.value) for m in client.get_metric_history(identity, name)] == points
+    assert client.get_run(identity).data.params["train.epochs"] == "1"
+    (result.run_dir / "matrix.json").unlink()
+    run(resolve.validate(config))
+    experiment = client.get_experiment_by_name("clkit")
+    assert len(client.search_runs([experiment.experiment_id])) == 1
+
+
+def test_wandb_writes_an_offline_run(vision_content, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    result = run(resolve.validate(content(vision_content, ["wandb"])))
+    identity = json.loads((result.run_dir / "tracking.json").read_text())["wandb"]
+    (file,) = (result.run_dir / "wandb").glob(f"offline-run-*/run-{identity}.wandb")
+    raw = file.read_bytes()
+    for name in told(result.run_dir):
+        assert name.encode() in raw, name
+
+
+def test_a_missing_package_is_found_before_anything_is_loaded(vision_content, tmp_path, monkeypatch, capsys):
+    import importlib.util
+
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "wandb" else real(name, *a))
+    file = tmp_path / "c.yaml"
+    file.write_text(json.dumps(content(vision_content, ["wandb"])))
+    for command in ("validate", "run"):
+        assert main([command, str(file)]) == 2
+        assert "pip install 'clkit[wandb]'" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(ConfigError, match="wandb"):
+        open_trackers(["wandb"], None, "x", {}, 0)
+
+
+def test_an_unknown_tracker_is_named_with_a_near_one(vision_content):
+    with pytest.raises(ConfigError, match=r"tracking\.to.*Did you mean 'tensorboard'"):
+        resolve.validate(content(vision_content, ["tensorbord"]))
+
+
+def test_samples_keep_the_answers_before_after_and_at_the_end(text_content):
+    result = run(resolve.validate(text_content))
+    samples = json.loads((result.run_dir / "samples.json").read_text())
+    assert list(samples) == ["red", "blue", "green"]
+    assert [entry["when"] for entry in samples["red"]] == ["before training", "after red", "after green"]
+    assert [entry["when"] for entry in samples["green"]] == ["before training", "after green"]
+    for entry in samples["blue"]:
+        assert len(entry["rows"]) == 3
+        assert all(row["prompt"].startswith("blue ") for row in entry["rows"])
+        assert all(row["value"] == float(row["gold"] == row["prediction"]) for row in entry["rows"])
+    none = {**text_content, "output_dir": text_content["output_dir"] + "-none", "tracking": {"samples": 0}}
+    assert not (run(resolve.validate(none)).run_dir / "samples.json").exists()
+
+
+def test_cost_counts_parameters_and_exemplars(vision_content):
+    from clkit.report.history import History
+
+    vision_content = content(vision_content, []) | {"strategy": {"name": "replay", "replay": {"size": 5}}}
+    result = run(resolve.validate(vision_content))
+    cost = History.read(result.run_dir).last_cost
+    assert cost["parameters"] == cost["trainable_parameters"] == 64 * 8 + 8 + 8 * 10 + 10
+    assert cost["model_bytes"] == 4 * cost["parameters"]
+    assert cost["exemplars"] == 5 and cost["exemplar_bytes"] == 5 * 64 * 4
+    assert cost["peak_memory_bytes"] > 10 * 2**20

@@ -1,0 +1,239 @@
+"""The page: what stands in it, that it is whole, safe and small; groups, intervals, fronts and differences."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import xml.etree.ElementTree as ET
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+
+from clkit.cli import main
+from clkit.report import comparison, load, write_report
+from clkit.report.history import History, result_so_far
+from clkit.report.plots import shades, thinned
+from clkit.report.sections import Edits
+from clkit.result import RunResult
+
+
+class Page(HTMLParser):
+    """Checks that tags are balanced and ids unique; collects what an element could load."""
+
+    VOID = {"meta", "link", "input", "br", "path", "use", "rect", "line", "circle"}
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.ids: list[str] = []
+        self.loads: list[str] = []
+        self.text = text
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        if tag not in self.VOID:
+            self.open.append(tag)
+        for key, value in attrs:
+            if key == "id":
+                self.ids.append(value)
+            if key in ("src", "href", "xlink:href", "srcset", "action", "data"):
+                self.loads.append(value)
+
+    def handle_endtag(self, tag):
+        if tag not in self.VOID:
+            assert self.open.pop() == tag
+
+
+@pytest.fixture(scope="session")
+def page(runs, tmp_path_factory) -> Page:
+    file = tmp_path_factory.mktemp("page") / "report.html"
+    write_report([RunResult.load(r) for r in runs], file)
+    return Page(file.read_text())
+
+
+def test_the_page_is_whole_and_loads_nothing(page):
+    assert not page.open
+    assert len(page.ids) == len(set(page.ids))
+    assert page.loads and all(link.startswith("#") or link == "data:," for link in page.loads)
+    assert {link[1:] for link in page.loads if link.startswith("#")} <= set(page.ids)
+    assert "@import" not in page.text and not re.search(r"url\((?!#)", page.text)
+
+
+def test_names_are_escaped_everywhere(page):
+    assert "naive <0>" not in page.text and "naive &lt;0&gt; &amp; co" in page.text
+
+
+def test_everything_about_a_run_stands_in_its_page(runs, tmp_path):
+    write_report([RunResult.load(runs[1])], tmp_path / "r.html", figures=tmp_path / "figures")
+    text = (tmp_path / "r.html").read_text()
+    for part in (
+        "Scores", "Score of each task along training", "Forgetting per task", "Loss terms", "Metrics", "Cost",
+        "mean over i&lt;T of R[T,i]-R[i,i]", "peak memory", "before and after", "How to load the model",
+        "How to repeat it", "clkit run", "Configuration", "Versions and hashes", "trainable parameters",
+    ):  # fmt: skip
+        assert part in text, part
+    svgs, pngs = sorted((tmp_path / "figures").glob("*.svg")), sorted((tmp_path / "figures").glob("*.png"))
+    assert len(svgs) == len(pngs) >= 3
+    for svg in svgs:
+        assert ET.parse(svg).getroot().tag.endswith("svg")
+    assert all(png.read_bytes().startswith(b"\x89PNG") for png in pngs)
+
+
+def test_inline_figures_take_the_colours_of_the_page(page):
+    figures = re.findall(r"<svg.*?</svg>", page.text, flags=re.DOTALL)
+    assert len(figures) > 8
+    for svg in figures:
+        assert 'role="img"' in svg and "aria-label=" in svg and "var(--ink)" in svg
+        assert not re.search(r"(fill|stroke): ?#(1a1f24|57606a|0b62b3)", svg)
+
+
+def test_the_page_says_the_same_again(runs, tmp_path):
+    for name in ("a", "b"):
+        write_report([RunResult.load(runs[0])], tmp_path / f"{name}.html")
+    assert (tmp_path / "a.html").read_bytes() == (tmp_path / "b.html").read_bytes()
+
+
+def test_fifty_runs_stay_below_five_megabytes(runs, tmp_path):
+    paths = []
+    for i in range(50):
+        paths.append(tmp_path / f"run-{i}")
+        shutil.copytree(runs[i % 4], paths[-1], ignore=shutil.ignore_patterns("checkpoints", "export"))
+    write_report([RunResult.load(p) for p in paths], tmp_path / "report.html")
+    assert (tmp_path / "report.html").stat().st_size < 5_000_000
+
+
+def test_the_command_compares_a_sweep_and_writes_figures(runs, tmp_path, capsys):
+    assert main(["report", "--sweep", str(runs[0].parent), "--output", str(tmp_path / "r.html")]) == 0
+    assert str(tmp_path / "r.html") in capsys.readouterr().out
+    assert "4 runs of 2 settings" in (tmp_path / "r.html").read_text()
+    names = {f.name for f in (tmp_path / "r_figures").iterdir()}
+    assert {"compare-average_accuracy.svg", "compare-pareto-forgetting.png"} <= names
+
+
+def test_the_command_says_what_is_wrong(tmp_path, capsys):
+    assert main(["report"]) == 2
+    assert main(["report", "--sweep", str(tmp_path)]) == 2
+    assert main(["report", "--live", str(tmp_path), str(tmp_path)]) == 2
+    err = capsys.readouterr().err
+    assert "give run directories" in err and "no finished run below" in err and "--live" in err
+
+
+def test_groups_are_settings_and_labels_say_what_differs(runs):
+    from clkit.report.page import _entry
+
+    entries = [_entry(RunResult.load(r)) for r in runs]
+    groups = comparison.grouped(entries)
+    assert [(g.label, len(g.entries)) for g in groups] == [("naive", 2), ("replay", 2)]
+    third = _entry(RunResult.load(runs[1]))
+    third.config["strategy"]["replay"]["size"] = 99
+    assert [g.label for g in comparison.grouped([*entries, third])] == ["naive", "replay", "replay size=99"]
+
+
+def test_differences_pair_runs_of_one_seed(runs):
+    from clkit.report.page import _entry
+
+    groups = comparison.grouped([_entry(RunResult.load(r)) for r in runs])
+    ((label, found),) = comparison.differences(groups, "average_accuracy")
+    each = [
+        groups[1].entries[i].value("average_accuracy") - groups[0].entries[i].value("average_accuracy") for i in (0, 1)
+    ]
+    assert label == "replay" and found.n == 2
+    assert found.mean == pytest.approx(np.mean(each))
+    groups[1].entries[0].config["seed"] = 7  # no partner any more
+    ((_, alone),) = comparison.differences(groups, "average_accuracy")
+    assert alone.n == 1 and alone.half is None and alone.mean == pytest.approx(each[1])
+
+
+def test_interval_is_students():
+    from scipy import stats
+
+    values = [0.2, 0.5, 0.9, 0.4]
+    low, high = stats.t.interval(0.95, 3, loc=np.mean(values), scale=stats.sem(values))
+    found = comparison.interval(values)
+    assert (found.mean - found.half, found.mean + found.half) == pytest.approx((low, high))
+    assert comparison.interval([]) is None and comparison.interval([1.0]).half is None
+
+
+def test_no_point_of_the_front_is_beaten_and_all_others_are():
+    points = np.random.default_rng(0).random((40, 2)).tolist()
+    kept = comparison.front([tuple(p) for p in points])
+
+    def beaten(i):
+        return any(x >= points[i][0] and y <= points[i][1] and (x, y) != tuple(points[i]) for x, y in points)
+
+    assert kept and [i for i in range(40) if not beaten(i)] == sorted(kept)
+
+
+def test_shades_follow_the_direction_of_a_score():
+    rows = np.array([[0.25, 30.0], [1.0, 10.0], [np.nan, 20.0]])
+    shown = shades(rows, [True, False])
+    np.testing.assert_allclose(shown, [[0.25, 0.0], [1.0, 1.0], [np.nan, 0.5]])
+
+
+def test_a_long_curve_keeps_its_mean():
+    series = [(i, float(i % 7)) for i in range(1000)]
+    short = thinned(series)
+    assert len(short) <= 300 and np.mean([v for _, v in short]) == pytest.approx(3.0, abs=0.05)
+
+
+def test_a_run_that_goes_on_is_shown_as_far_as_it_went(runs, tmp_path):
+    lines = (runs[0] / "events.jsonl").read_text().splitlines()
+    first = next(i for i, line in enumerate(lines) if '"after task-2"' in line)
+    (tmp_path / "events.jsonl").write_text("\n".join(lines[: first + 1]) + '\n{"event": "sc')
+    found, whole = result_so_far(tmp_path), RunResult.load(runs[0])
+    np.testing.assert_array_equal(found.matrix[0], whole.matrix[0])
+    assert found.matrix[1, 0] == whole.matrix[1, 0] and np.isnan(found.matrix[1:]).sum() == 5
+    np.testing.assert_array_equal(found.initial, whole.initial)
+    write_report([found], tmp_path / "r.html")
+    assert "after task-2" in (tmp_path / "r.html").read_text()
+
+
+def test_the_whole_history_gives_back_the_whole_matrix(runs):
+    np.testing.assert_array_equal(result_so_far(runs[1]).matrix, RunResult.load(runs[1]).matrix)
+
+
+def test_a_pause_between_two_processes_is_not_time_spent(tmp_path):
+    events = [("start", 0, 100), ("step", 1, 110), ("resume", 1, 9000), ("step", 2, 9005), ("score", 2, 9007)]
+    extra = {"step": {"losses": {"a": 1.0}}, "score": {"task": "t", "metric": "m", "value": 1.0}}
+    rows = [{"event": k, "total_steps": s, "time": t, **extra.get(k, {})} for k, s, t in events]
+    (tmp_path / "events.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    history = History.read(tmp_path)
+    assert (history.training, history.scoring) == (15, 2)
+
+
+def test_edits_are_shown_from_their_directory(tmp_path):
+    entries = [
+        {"number": i, "kind": "edit", "id": str(i), "request": {"prompt": f"<b>{i}", "target_new": "x"},
+         "before": {"prompt": 0.0}, "after": {"prompt": 1.0, "rephrase": 0.5}, "memory": "shard-0", "steps": 3}
+        for i in (1, 2)
+    ]  # fmt: skip
+    (tmp_path / "edits.json").write_text("{}")
+    (tmp_path / "journal.jsonl").write_text("".join(json.dumps(e) + "\n" for e in entries))
+    assert main(["report", str(tmp_path)]) == 0
+    text = (tmp_path / "report.html").read_text()
+    assert "Score right after each edit" in text and "Edits by memory" in text and "&lt;b&gt;1" in text
+    assert len(Edits.read(tmp_path).made) == 2 and load([tmp_path])[0] == []
+
+
+def test_a_result_shows_itself_in_a_notebook_and_as_frame_and_axes(runs):
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    result = RunResult.load(runs[0])
+    fragment = Page(result._repr_html_())
+    assert not fragment.open and "average_accuracy" in fragment.text
+    for name in ("matrix", "scores", "forgetting", "losses"):
+        axes = getattr(result.plot, name)()
+        assert axes.get_title() and axes.get_xlabel() and axes.get_ylabel()
+        plt.close(axes.figure)
+    axes = plt.figure().subplots()
+    assert result.plot.matrix(axes) is axes
+    shown = [t.get_text() for t in axes.texts]
+    assert f"{result.matrix[0, 0]:.3f}" in shown
+    plt.close("all")
+    frame = pytest.importorskip("pandas") and result.to_frame()
+    assert frame.loc["after task-1", "task-1"] == result.matrix[0, 0] and list(frame.columns) == result.tasks
