@@ -124,8 +124,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     unlearn.add_argument("--run", metavar="RUN", dest="run_dir", type=Path, help="the finished run that learned them")
     unlearn.add_argument("--request", metavar="FILE", type=Path, help="requests, JSON or JSON Lines")
-    unlearn.add_argument("--method", default="retrain", help="how (default: %(default)s)")
-    unlearn.add_argument("--plan", action="store_true", help="only say what would be done, and what it costs")
+    unlearn.add_argument("--method", default="retrain", help="how (default: %(default)s; --plan says which there are)")
+    unlearn.add_argument("--set", nargs="+", default=[], metavar="key=value", help="options of the method")
+    unlearn.add_argument("--plan", action="store_true", help="only say what each method would do, cost and guarantee")
     unlearn.add_argument("--max-utility-loss", type=float, metavar="LOSS", help="largest loss of the mean final score")
     similar = unlearn.add_mutually_exclusive_group()
     for decision, what in (("include", "forget too"), ("keep", "keep")):

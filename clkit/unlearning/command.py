@@ -24,7 +24,7 @@ def unlearn(arguments: Any) -> None:
     missing = [name for name, value in (("--run", arguments.run_dir), ("--request", arguments.request)) if not value]
     if missing:
         raise ConfigError(f"clkit unlearn needs {' and '.join(missing)} (or --verify CERTIFICATE)")
-    method = methods.get(arguments.method)
+    method = methods.make(arguments.method, arguments.set)
     if arguments.plan:
         print(workflow.plan(arguments.run_dir, arguments.request, method))
         return
