@@ -65,6 +65,8 @@ def open_source(run_dir: Path) -> Source:
     facts = directory.read("run.json") or {}
     if "python" in (facts.get("tasks_from"), facts.get("model_from")):
         raise RequestError(f"{run_dir}: its tasks or model were made in Python, so it can't be trained again from here")
+    if facts.get("strategy_from") == "python":
+        raise RequestError(f"{run_dir}: began with the weights of another run; give the run that began without any")
     config = resolve.load(run_dir / "config.yaml")
     tasks = in_force(run_dir, upto=facts.get("tombstones", 0)).apply(build.make_tasks(config))
     now = collect(tasks)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,19 +19,19 @@ from clkit.config import RunConfig
 from clkit.errors import ClkitError, RequestError, VerificationError
 from clkit.files import disk_errors, write_json
 from clkit.rundir import fixed
-from clkit.unlearning import certificate
+from clkit.unlearning import certificate, remains, signing
 from clkit.unlearning.case import Case, Source, open_source
 from clkit.unlearning.duplicates import Pair, near_duplicates
-from clkit.unlearning.gates import Evidence, Gate, partition, retained_only, run_gates, utility
+from clkit.unlearning.gates import Evidence, Gate, Limits, partition, run_gates, standard
 from clkit.unlearning.ledger import FOLDER, Ledger, find_folder
 from clkit.unlearning.manifest import Manifest, keyed
 from clkit.unlearning.methods import Method, plan_lines
 from clkit.unlearning.records import Place, records, select, without
+from clkit.unlearning.remains import Remains
 from clkit.unlearning.request import DeletionRequest, read_requests
 from clkit.unlearning.tombstones import Tombstones, in_force
 
 Decision = Literal["include", "keep"]
-MAX_UTILITY_LOSS = 0.05
 
 
 @dataclass(frozen=True)
@@ -85,6 +84,7 @@ def serve(
     gates: Sequence[Gate] | None = None,
     decision: Decision | None = None,
     purge: bool = False,
+    sign_with: Path | None = None,
     say: Callable[[str], None] = print,
 ) -> Path | None:
     """Serve the requests of a file as one batch.
@@ -93,9 +93,10 @@ def serve(
         run_dir: the finished run that learned the records.
         request_file: JSON or JSON Lines.
         method: how the model is trained without them.
-        gates: what must hold; by default that the data were the retained ones and that utility is kept.
+        gates: what must hold; by default the standard ones, with their standard limits.
         decision: what to do with near-duplicates: take them along, or keep them.
         purge: delete the superseded run's checkpoints and export after the certificate is written.
+        sign_with: a private key file; the certificate is signed with it.
         say: shows where it is; gets counts and paths only.
 
     Returns:
@@ -105,19 +106,21 @@ def serve(
         RequestError: the file, the data or a decision; nothing was trained.
         VerificationError: a gate failed; there is no certificate, and the old run is as it was.
     """
+    key = None if sign_with is None else signing.load_key(sign_with)
     requests = read_requests(request_file)
     source = open_source(run_dir)
     if requests[0].dry_run:
         say(plan(run_dir, request_file, method) + "\ndry run: nothing was done")
         return None
-    chosen_gates = [partition, *(gates if gates is not None else [retained_only, utility(MAX_UTILITY_LOSS)])]
     ledger = Ledger(find_folder(run_dir) or run_dir.absolute().parent / FOLDER)
     try:
         with ledger.serving():
             job = _Job(ledger, source, requests, method, say)
-            path = job.serve(chosen_gates, decision)
+            path = job.serve([partition, *(standard(Limits()) if gates is None else gates)], decision)
+            if key is not None:
+                certificate.sign(path, key)
             if purge:
-                _purge(run_dir, say)
+                remains.purge(job.left_behind(), say)
             return path
     finally:
         ledger.close()
@@ -178,7 +181,7 @@ class _Job:
                 new_run = self.method.run(case, self._target(manifest))
                 self.ledger.advance(self.key, "trained", run=str(new_run))
             new_run = Path(self.detail["run"])
-            findings = run_gates(gates, Evidence(self.source.path, new_run, case.retained, manifest))
+            findings = run_gates(gates, Evidence(self.source.path, new_run, case, manifest, self.method.sees_forgotten))
             failed = [f"{f.name} {json.dumps(f.figures)}" for f in findings if not f.passed]
             if failed:
                 raise VerificationError(
@@ -196,6 +199,13 @@ class _Job:
         except ClkitError as error:
             self.ledger.fail(self.key, type(error).__name__)
             raise
+
+    def left_behind(self) -> Remains:
+        """What of the old run, or made before the records were forgotten, is still on disk."""
+        known = self.source.known
+        stones = Tombstones(self.ledger.key, self.ledger.tombstones())
+        gone = {record.place for record in known if stones.covers(record)}
+        return remains.find(self.source, gone, Path(self.detail["run"]), self.ledger)
 
     def _refuse_served(self) -> None:
         served = [r.where for r in self.requests if self.ledger.served(r.request_id, self.key)]
@@ -267,6 +277,7 @@ class _Job:
             manifest=manifest,
             near_duplicates=self.detail["near_duplicates"],
             runs={"superseded": self.source.path, "new": new_run},
+            left=remains.summary(self.left_behind(), self.source.path),
             findings=findings,
             versions=self.source.facts.get("versions", {}),
             guarantee=self.method.figures(case),
@@ -280,12 +291,3 @@ def _capabilities(config: RunConfig) -> Any:
     from clkit.registry import STRATEGIES
 
     return STRATEGIES.get(config.strategy.name).capabilities
-
-
-def _purge(run_dir: Path, say: Callable[[str], None]) -> None:
-    for name in ("checkpoints", "export"):
-        path = run_dir / name
-        if path.exists():
-            with disk_errors(path):
-                shutil.rmtree(path)
-            say(f"deleted {path}")

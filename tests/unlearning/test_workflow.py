@@ -14,10 +14,10 @@ from clkit.tasks import build_tasks
 from clkit.unlearning import workflow
 from clkit.unlearning.gates import Finding
 from clkit.unlearning.ledger import Ledger
-from clkit.unlearning.retrain import Retrain
 from clkit.unlearning.records import records, without
+from clkit.unlearning.retrain import Retrain
 
-LENIENT = ["--max-utility-loss", "1"]
+LENIENT = ["--max-utility-loss", "1", "--max-membership", "1", "--max-extraction", "1"]
 
 
 def unlearn(run_dir: Path, file: Path, *more: str) -> int:
@@ -48,7 +48,13 @@ def test_a_request_is_served_and_the_new_run_is_one_that_never_had_the_records(
     assert f"Certificate: {path}" in capsys.readouterr().out
     counts = {k: v["count"] for k, v in content["records"].items()}
     assert counts["forgotten"] == 3 and counts["retained"] == counts["full"] - 3
-    assert [f["name"] for f in content["verification"] if f["passed"]] == ["partition", "retained_only", "utility"]
+    assert [f["name"] for f in content["verification"] if f["passed"]] == [
+        "partition", "retained_only", "utility", "membership", "extraction",
+    ]  # fmt: skip
+    figures = {f["name"]: f["figures"] for f in content["verification"]}
+    assert figures["retained_only"]["rows_of_other_records"] == 0
+    assert figures["membership"]["n"] == [3, 60] and 0 <= figures["membership"]["loss"]["auc"][1] <= 1
+    assert figures["extraction"] == {"applies": False}, "classes hold no text"
     assert content["guarantee"] is None and content["not_claimed"]
     assert "| utility | yes |" in (path.parent / "certificate.md").read_text()
 
