@@ -116,9 +116,9 @@ def plan_lines(case: Case, chosen: Method) -> list[str]:
     whole = training_cost(case.config, case.retained)
     lines = []
     for name in METHODS.names():
-        method = chosen if name == chosen.name else METHODS.get(name)()
         mark = "*" if name == chosen.name else " "
         try:
+            method = chosen if name == chosen.name else METHODS.get(name)()
             problems = method.check(case)
         except ClkitError as error:
             problems = [Problem("", str(error))]

@@ -174,8 +174,6 @@ class _Job:
             if self.state == "validated":
                 self._select(decision)
             case, manifest = self._partition()
-            if problems := self.method.check(case):
-                raise RequestError.collect(f"--method {self.method.name} can't serve this request:", problems)
             if self.state == "selected":
                 self.say(f"training without {len(manifest.forgotten)} of {len(manifest.full)} records")
                 new_run = self.method.run(case, self._target(manifest))
@@ -236,7 +234,10 @@ class _Job:
                     raise RequestError("with their near-duplicates the requests select every training record")
         hashes = Tombstones(self.ledger.key)
         stones = [hashes.hashes(r) for r in self.source.known if r.place in out]
-        without(self.source.tasks, out)  # refuses what can't be left out before anything is written
+        gone = out | Tombstones(self.ledger.key, self.ledger.tombstones()).places(self.source.tasks)
+        case = Case(self.source, frozenset(gone), without(self.source.tasks, gone))
+        if problems := self.method.check(case):  # before anything is written
+            raise RequestError.collect(f"--method {self.method.name} can't serve this request:", problems)
         verdict = {"include": "taken along", "keep": "kept"}.get(decision or "", "none to decide on")
         near = {"found": len(choice.similar), "decision": verdict if choice.similar else "none to decide on"}
         self.ledger.advance(self.key, "selected", stones, near_duplicates=near)

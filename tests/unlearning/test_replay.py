@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from clkit.cli import main
 from clkit.result import RunResult
 from clkit.tasks import build_tasks
+from clkit.unlearning.ledger import Ledger
 from clkit.unlearning.records import records
 from clkit.uses import FirstUse
 
@@ -116,6 +117,9 @@ def test_without_an_old_checkpoint_or_with_a_strategy_that_looks_ahead_it_refuse
     assert unlearn(run_dir, file, "--method", "exact_replay") == 2
     err = capsys.readouterr().err
     assert "none is kept" in err and "task 2 of 5" in err and "checkpoint.keep" in err
+    ledger = Ledger(run_dir.parent / "unlearning")
+    assert not ledger.tombstones(), "what can't be served leaves nothing behind"
+    ledger.close()
     assert unlearn(run_dir, file, "--plan") == 0
     out = capsys.readouterr().out
     assert "  exact_replay: not here." in out and "* retrain: 20 optimiser steps, 100% of retraining" in out
