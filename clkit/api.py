@@ -20,6 +20,7 @@ from clkit.provenance import collect
 from clkit.registry import STRATEGIES
 from clkit.result import RunResult
 from clkit.rundir import RunDirectory
+from clkit.strategy import Strategy
 from clkit.tasks.base import TaskSequence
 from clkit.trainer import SequentialTrainer
 from clkit.unlearning.tombstones import in_force
@@ -103,22 +104,23 @@ def run(
     *,
     tasks: TaskSequence | None = None,
     model: Model | nn.Module | None = None,
+    strategy: Strategy | None = None,
     fresh: bool = False,
     progress: Progress | None = None,
 ) -> RunResult:
     """Do one run, resume it, or return its result when it is finished.
 
-    ``tasks`` and ``model`` take the place of what the configuration names.
+    ``tasks``, ``model`` and ``strategy`` take the place of what the configuration names.
     """
     progress = progress or Progress(enabled=False)
     config = build.located(config)
-    made = {"tasks_from": tasks, "model_from": model}
+    made = {"tasks_from": tasks, "model_from": model, "strategy_from": strategy}
     forgotten = in_force(config.output_dir)
     given = tasks or build.make_tasks(config)
     tasks = forgotten.apply(given)
     if left_out := len(forgotten.places(given)):
         progress.say(f"{left_out} records are left out, because deletion requests took them out")
-    strategy = build.make_strategy(config.strategy)
+    strategy = strategy or build.make_strategy(config.strategy)
     directory = RunDirectory(config.output_dir, config.checkpoint.keep)
     finished = directory.finished and not fresh
     engine = None if finished else build.check(config, tasks, strategy.capabilities)

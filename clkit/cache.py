@@ -12,7 +12,7 @@ import json
 import os
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -113,6 +113,24 @@ class RowCache:
             chunk = missing[start : start + CHUNK]
             shelf.add([names[i] for i in chunk], compute(torch.tensor(chunk)), recipe)
         return shelf.take(names)
+
+
+def holding(root: Path, names: Collection[bytes]) -> list[Path]:
+    """The files, of whatever recipe, that hold a row of one of these names.
+
+    A damaged file counts too: what is in it can't be told.
+    """
+    found, wanted = [], {*names}
+    for path in sorted(root.glob("*/*.safetensors")):
+        try:
+            with safe_open(path, framework="pt") as file:
+                rows = file.get_tensor("names").numpy()
+        except (OSError, SafetensorError):
+            found.append(path)
+            continue
+        if any(row.tobytes() in wanted for row in rows):
+            found.append(path)
+    return found
 
 
 class _Shelf:

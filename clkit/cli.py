@@ -122,15 +122,24 @@ def _parser() -> argparse.ArgumentParser:
     )
     unlearn.add_argument("--run", metavar="RUN", dest="run_dir", type=Path, help="the finished run that learned them")
     unlearn.add_argument("--request", metavar="FILE", type=Path, help="requests, JSON or JSON Lines")
-    unlearn.add_argument("--method", default="retrain", help="how (default: %(default)s)")
-    unlearn.add_argument("--plan", action="store_true", help="only say what would be done, and what it costs")
-    unlearn.add_argument("--max-utility-loss", type=float, metavar="LOSS", help="largest loss of the mean final score")
+    unlearn.add_argument("--method", default="retrain", help="how (default: %(default)s; --plan says which there are)")
+    unlearn.add_argument("--set", nargs="+", default=[], metavar="key=value", help="options of the method")
+    unlearn.add_argument("--plan", action="store_true", help="only say what each method would do, cost and guarantee")
+    for flag, dest, value, what in (
+        ("utility-loss", "utility", "LOSS", "gate: largest loss of the mean final score"),
+        ("membership", "membership", "AUC", "gate: largest AUC of membership inference on the forgotten records"),
+        ("extraction", "extraction", "SHARE", "gate: largest part of forgotten answers given away beyond unseen ones"),
+    ):
+        unlearn.add_argument(f"--max-{flag}", dest=f"max_{dest}", type=float, metavar=value, help=what)
     similar = unlearn.add_mutually_exclusive_group()
     for decision, what in (("include", "forget too"), ("keep", "keep")):
         flag, text = f"--{decision}-near-duplicates", f"{what} the retained records that say nearly the same"
         similar.add_argument(flag, dest="decision", action="store_const", const=decision, help=text)
     unlearn.add_argument("--purge", action="store_true", help="then delete the old run's checkpoints and export")
     unlearn.add_argument("--verify", metavar="CERTIFICATE", type=Path, help="check a certificate again, nothing else")
+    unlearn.add_argument("--sign-with", metavar="KEYFILE", type=Path, help="sign the certificate (clkit[signing])")
+    unlearn.add_argument("--signed-by", metavar="PUBLICKEY", help="with --verify: the key that must have signed it")
+    unlearn.add_argument("--new-key", metavar="KEYFILE", type=Path, help="make a key to sign with, nothing else")
     return parser
 
 

@@ -114,6 +114,12 @@ class TrainConfig:
         "random changes of training images, new in every epoch",
         choices=("none", "crop-flip", "crop-flip-brightness"),
     )
+    order: str = opt(
+        "shuffle",
+        "order of an epoch: shuffle, or record: each record's id decides its place, so that a record more or less "
+        "moves only those behind it (what exact_replay needs to go back within a task)",
+        choices=("shuffle", "record"),
+    )
     group_by_length: bool = opt(True, "put examples of similar length into one batch")
 
 

@@ -36,7 +36,7 @@ class FreshLora(Strategy):
         past: the finished tasks' updates.
     """
 
-    capabilities = Capabilities(kinds=frozenset({"text"}), needs_lora=True)
+    capabilities = Capabilities(kinds=frozenset({"text"}), needs_lora=True, causal=True)
 
     def setup(self, run: RunContext) -> None:
         """Find the adapted layers.

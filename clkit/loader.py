@@ -15,12 +15,12 @@ from clkit.config import TrainConfig
 from clkit.errors import DataError, Problem
 from clkit.memory import Buffer, Ref
 from clkit.models.base import Model
-from clkit.rng import fresh_generator
+from clkit.rng import derive_seed, fresh_generator
 from clkit.tasks.base import Examples, LabelledExamples, Task, TaskSequence, TextExamples
 from clkit.tasks.batch import Batch, Encoded, count_targets
 
 # Sorting windows of this many batches by length keeps padding low while batches still differ from epoch to epoch.
-_WINDOW = 32
+WINDOW = 32
 
 
 class Encodings:
@@ -160,11 +160,38 @@ def epoch_order(
     if lengths is None:
         return list(torch.split(order, batch_size))
     keys = torch.from_numpy(lengths)
-    window = batch_size * _WINDOW
+    window = batch_size * WINDOW
     batches: list[Tensor] = []
     for chunk in torch.split(order, window):
         batches += torch.split(chunk[keys[chunk].argsort(stable=True)], batch_size)
     return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
+
+
+def record_order(
+    ids: Sequence[str], batch_size: int, key: tuple[object, ...], lengths: np.ndarray | None = None
+) -> list[Tensor]:
+    """Cut an order into batches in which each record's place is decided by its id and ``key`` alone.
+
+    Leaving a record out leaves every batch before its own as it was; with ``lengths`` every window of 32 batches
+    before its own. Within a window examples are sorted by length, and its batches shuffled by their records' ids.
+
+    Args:
+        ids: of the examples, each once.
+        batch_size: examples per batch.
+        key: what else decides, such as seed, stage and epoch.
+        lengths: as in :func:`epoch_order`.
+    """
+    ranks = [derive_seed(0, *key, id) for id in ids]
+    order = sorted(range(len(ids)), key=ranks.__getitem__)
+    if lengths is None:
+        return [torch.tensor(order[i : i + batch_size]) for i in range(0, len(order), batch_size)]
+    batches: list[Tensor] = []
+    window = batch_size * WINDOW
+    for start in range(0, len(order), window):
+        chunk = sorted(order[start : start + window], key=lambda i: int(lengths[i]))  # stable
+        cut = [chunk[i : i + batch_size] for i in range(0, len(chunk), batch_size)]
+        batches += [torch.tensor(b) for b in sorted(cut, key=lambda b: min(ranks[i] for i in b))]
+    return batches
 
 
 def steps_in_stage(count: int, train: TrainConfig) -> int:
@@ -225,6 +252,9 @@ class StepLoader:
 
     def _order(self, epoch: int) -> list[Tensor]:
         lengths = None if self._lengths is None else self._lengths[self.positions.numpy()]
+        if self._train.order == "record":
+            ids = [self.source.ids[i] for i in self.positions.tolist()]
+            return record_order(ids, self._train.batch_size, (self._seed, "order", self._stage, epoch), lengths)
         generator = fresh_generator(self._seed, "order", self._stage, epoch)
         return epoch_order(len(self.positions), self._train.batch_size, generator, lengths)
 

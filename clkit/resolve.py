@@ -138,6 +138,19 @@ def validate(content: Mapping[str, Any], origin: str = "config", overridden: Ite
     return config
 
 
+def options(cls: type, overrides: Sequence[str], where: str = "") -> Any:
+    """An options dataclass from ``key=value`` texts.
+
+    Raises:
+        ConfigError: one error with all problems.
+    """
+    problems: list[Problem] = []
+    filled = _fill(cls, merge({}, overrides, origin=where), where, problems)
+    if problems:
+        raise ConfigError.collect("The options are not usable:", problems)
+    return filled
+
+
 def _plugin(
     section: str, raw: Any, key: str, registry: Registry[Any], default: str, problems: list[Problem]
 ) -> Plugin | None:

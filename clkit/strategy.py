@@ -42,6 +42,8 @@ class Capabilities:
         zero_stages: DeepSpeed ZeRO stages.
         needs_task_id: whether the task must be known at test.
         needs_lora: whether the model must carry a LoRA adapter.
+        causal: whether its state depends on nothing of a stage's records, not even on how many there are, before that
+            stage begins, and on no record of it but in batches until it ends; ``exact_replay`` needs that.
     """
 
     kinds: frozenset[Kind] = frozenset({"classification", "text"})
@@ -49,6 +51,7 @@ class Capabilities:
     zero_stages: frozenset[int] = frozenset()
     needs_task_id: bool = False
     needs_lora: bool = False
+    causal: bool = False
 
 
 @dataclass

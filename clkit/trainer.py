@@ -48,6 +48,7 @@ from clkit.tasks.augment import augmented
 from clkit.tasks.base import Task, TaskSequence
 from clkit.tasks.batch import Batch
 from clkit.unlearning.tombstones import in_force
+from clkit.uses import FirstUse
 
 
 class SequentialTrainer:
@@ -132,7 +133,7 @@ class SequentialTrainer:
         """Set everything up and load the newest checkpoint; True when there was one. ``read_only`` writes nothing."""
         self.tasks = tasks
         self.scored = [*tasks, *tasks.holdout]
-        self.position = Position()
+        self.position, self.uses = Position(), FirstUse(tasks)
         kept = self.directory if self.engine.is_main and not read_only else None
         self.observer = Observer(kept, self.config, self.position)
         own = [task.metric for task in self.scored]
@@ -219,6 +220,7 @@ class SequentialTrainer:
         if norm is not None and not math.isfinite(norm):
             raise self._not_finite("gradient norm", {"norm": norm}, task, batch.ids)
         self._previous = batch
+        self.uses.note(batch, self.position.total_steps)
         self.position.advance()
         strategy.after_step()
         return sums
@@ -323,9 +325,8 @@ class SequentialTrainer:
         return self.directory.checkpoints if self.directory is not None else None
 
     def _state(self) -> dict[str, Any]:
-        position = self.position
         return {
-            "position": {"stage": position.stage, "step": position.step, "total_steps": position.total_steps},
+            "position": dict(vars(self.position)),
             "learned": self._learned,
             "initial_done": self._initial_done,
             **self.scores.state_dict(),
@@ -335,6 +336,7 @@ class SequentialTrainer:
             "strategy": self.strategy.state_dict(),
             "model": self.strategy.model_state(),
             "engine": self.engine.state_dict() if self._training else None,
+            "first_use": self.uses.state_dict(),
         }
 
     @property
@@ -350,16 +352,14 @@ class SequentialTrainer:
 
     def _where(self) -> dict[str, Any]:
         stage = self.position.stage
-        return {
-            "task": self.tasks[stage].name if stage < len(self.tasks) else None,
-            "stage": stage,
-            "step": self.position.step,
-        }
+        name = self.tasks[stage].name if stage < len(self.tasks) else None
+        return {"task": name, "stage": stage, "step": self.position.step}
 
     def _restore(self, saved: dict[str, Any]) -> None:
         for key, value in saved["position"].items():
             setattr(self.position, key, value)
         self._learned, self._initial_done = saved["learned"], saved["initial_done"]
+        self.uses.load_state_dict(saved.get("first_use"))
         self.scores.load_state_dict(saved)
         for name, numbers in saved.get("further", {}).items():
             self.further[name].load_state_dict(numbers)

@@ -13,7 +13,7 @@ from clkit.config import StrategyConfig, opt
 from clkit.errors import Problem
 from clkit.loader import Pool
 from clkit.modes import evaluating
-from clkit.strategy import RunContext, Strategy, add_gradient
+from clkit.strategy import Capabilities, RunContext, Strategy, add_gradient
 from clkit.tasks.base import Task
 from clkit.tasks.batch import Batch
 
@@ -49,6 +49,7 @@ class EWC(Strategy):
     """
 
     config_class = EWCConfig
+    capabilities = Capabilities(causal=True)
 
     @classmethod
     def check(cls, config: EWCConfig) -> list[Problem]:

@@ -12,7 +12,7 @@ from clkit.checkpoint import clone_state
 from clkit.config import StrategyConfig, opt
 from clkit.errors import Problem
 from clkit.modes import evaluating, swapped
-from clkit.strategy import Losses, Strategy
+from clkit.strategy import Capabilities, Losses, Strategy
 from clkit.tasks.base import Task
 from clkit.tasks.batch import Batch, count_targets
 
@@ -52,6 +52,7 @@ class LwF(Strategy):
     """
 
     config_class = LwFConfig
+    capabilities = Capabilities(causal=True)
 
     def __init__(self, config: Any = None) -> None:
         super().__init__(config)

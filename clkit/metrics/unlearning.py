@@ -51,13 +51,13 @@ def choice_probability(right: ArrayLike, wrong: ArrayLike) -> float | None:
 
 
 def rouge_l_recall(predictions: Sequence[str], references: Sequence[str]) -> float | None:
-    """The mean ROUGE-L recall of generated answers, without stemming (TOFU stems; see ``clkit.metrics.text``).
+    """The mean ROUGE-L recall of generated answers, with stemming, as in TOFU's published evaluation.
 
     Args:
         predictions: N generated texts.
         references: N true answers.
     """
-    return _mean(np.array([rouge_l(p, r).recall for p, r in zip(predictions, references, strict=True)]))
+    return _mean(np.array([rouge_l(p, r, stemmed=True).recall for p, r in zip(predictions, references, strict=True)]))
 
 
 def truth_ratio(right: ArrayLike, wrong: ArrayLike, form: TruthRatioForm = "code") -> Array:
@@ -161,12 +161,12 @@ def forget_quality(unlearned: ArrayLike, retrained: ArrayLike) -> ForgetQuality 
 
 
 def verbatim_memory(continuations: Sequence[str], suffixes: Sequence[str]) -> float | None:
-    """MUSE's VerbMem: mean ROUGE-L F1 of what follows a forgotten text's prefix, as generated and as it was."""
+    """MUSE's VerbMem: mean ROUGE-L F1, without stemming, of what follows a forgotten text's prefix and what did."""
     return _rouge_f1(continuations, suffixes)
 
 
 def knowledge_memory(answers: Sequence[str], references: Sequence[str]) -> float | None:
-    """MUSE's KnowMem: mean ROUGE-L F1 of answers to questions about a forgotten (or a retained) text."""
+    """MUSE's KnowMem: mean ROUGE-L F1, without stemming, of answers about a forgotten (or a retained) text."""
     return _rouge_f1(answers, references)
 
 

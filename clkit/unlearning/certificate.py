@@ -14,6 +14,7 @@ from typing import Any
 
 from clkit.errors import RequestError
 from clkit.files import file_sha256, write_json, write_text
+from clkit.unlearning import signing
 from clkit.unlearning.gates import Finding
 from clkit.unlearning.ledger import FILE, Ledger
 from clkit.unlearning.manifest import Manifest
@@ -24,15 +25,15 @@ NOT_CLAIMED = (
     "that the base model knew nothing of the forgotten records from its own pre-training",
     "anything about copies of the superseded model, its checkpoints, exports, logs or answers that left this run",
     "that no retained record mentions or paraphrases what was forgotten, beyond the near-duplicate search",
-    "that features cached from the forgotten inputs, or the source files themselves, were deleted",
+    "that the source files were deleted, or what is listed as still there",
     "that choices made with the forgotten records in view (hyper-parameters, tokeniser, class list) were made again",
-    "resistance to membership inference, extraction or relearning: no such attack was run",
+    "resistance to attacks that are not among the checks, relearning among them",
 )
 
 
 def digest(certificate: dict[str, Any]) -> str:
-    """SHA-256 over everything in a certificate but its own digest."""
-    rest = {k: v for k, v in certificate.items() if k != "digest"}
+    """SHA-256 over everything in a certificate but its own digest and the signature of that."""
+    rest = {k: v for k, v in certificate.items() if k not in ("digest", "signature")}
     return hashlib.sha256(json.dumps(rest, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
 
@@ -54,6 +55,7 @@ def write(
     runs: dict[str, Path],
     findings: Sequence[Finding],
     versions: dict[str, Any],
+    left: dict[str, Any],
     guarantee: dict[str, Any] | None = None,
 ) -> Path:
     """Write ``certificate.json`` and ``certificate.md`` into the job's folder; returns the former.
@@ -68,6 +70,7 @@ def write(
         runs: ``superseded`` and ``new`` run directories.
         findings: of the gates.
         versions: of the packages.
+        left: what is still on disk that knows the records (``remains.summary``).
         guarantee: figures of a differential-privacy guarantee; None where the method needs none.
     """
     content: dict[str, Any] = {
@@ -83,7 +86,7 @@ def write(
         "new_run": {"path": _relative(runs["new"], folder), "files": run_files(runs["new"])},
         "superseded": {
             "path": _relative(runs["superseded"], folder),
-            "still_there": [name for name in ("checkpoints", "export") if (runs["superseded"] / name).exists()],
+            **left,
         },
         "manifest_sha256": file_sha256(folder / "manifest.json"),
         "versions": versions,
@@ -93,6 +96,13 @@ def write(
     write_text(folder / "certificate.md", markdown(content))
     write_json(folder / NAME, content)
     return folder / NAME
+
+
+def sign(path: Path, key: Any) -> None:
+    """Put a signature of a certificate's digest into it; the digest stays the same."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    content["signature"] = signing.sign(key, content["digest"])
+    write_json(path, content)
 
 
 def _relative(path: Path, folder: Path) -> str:
@@ -137,8 +147,13 @@ def markdown(content: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def verify(path: Path) -> list[Finding]:
-    """Check a certificate again: its own hash, the manifest and its roots, the new run's files, the ledger.
+def verify(path: Path, signed_by: str | None = None) -> list[Finding]:
+    """Check a certificate again: its hash and signature, the manifest and its roots, the new run's files, the ledger.
+
+    Args:
+        path: the certificate.
+        signed_by: the public key that must have signed it, hexadecimal; without one, a signature is only checked
+            against the key that it names itself.
 
     Raises:
         RequestError: it is not a certificate that this clkit reads.
@@ -151,6 +166,11 @@ def verify(path: Path) -> list[Finding]:
         raise RequestError(f"{path}: is not a certificate of schema {SCHEMA}")
     folder = path.parent
     found = [Finding("digest", content.get("digest") == digest(content))]
+    signature = content.get("signature")
+    if signature is not None or signed_by is not None:
+        key = signature.get("public_key") if isinstance(signature, dict) else None
+        right = signing.holds(signature, digest(content)) and signed_by in (None, key)
+        found.append(Finding("signature", right, {"public_key": key}))
     manifest_file = folder / "manifest.json"
     try:
         same = file_sha256(manifest_file) == content["manifest_sha256"]

@@ -8,26 +8,60 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from clkit.errors import ClkitError
 from clkit.provenance import collect
 from clkit.result import RunResult
 from clkit.rundir import RunDirectory
-from clkit.tasks.base import TaskSequence
+from clkit.unlearning.case import Case
 from clkit.unlearning.manifest import Manifest
+from clkit.uses import recorded
+
+if TYPE_CHECKING:
+    from clkit.unlearning.attacks import Measured
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What is passed; see the gates of the same names."""
+
+    utility: float = 0.05
+    membership: float = 0.6
+    extraction: float = 0.1
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """What a gate looks at: the superseded run, the new one, what it had to be trained on, and the partition."""
+    """What a gate looks at.
+
+    Attributes:
+        old_run: the superseded run.
+        new_run: the one without the records.
+        case: what had to go, and what it had to be trained on.
+        manifest: the partition.
+        sees_forgotten: whether the method computes with the forgotten records.
+    """
 
     old_run: Path
     new_run: Path
-    retained: TaskSequence
+    case: Case
     manifest: Manifest
+    sees_forgotten: bool = False
+
+    @cached_property
+    def measured(self) -> Measured:
+        """What the new model makes of forgotten and never-seen records; computed once for all gates."""
+        from clkit.unlearning.attacks import measure
+
+        rows: dict[str, list[int]] = {}
+        for place in self.case.training_places():
+            rows.setdefault(place.task, []).append(place.position)
+        tasks = [task for task in self.case.source.tasks if task.name in rows]
+        return measure(self.new_run, [replace(t, train=t.train.subset(rows[t.name])) for t in tasks])
 
 
 @dataclass(frozen=True)
@@ -49,11 +83,20 @@ def partition(evidence: Evidence) -> Finding:
 
 
 def retained_only(evidence: Evidence) -> Finding:
-    """The new run is finished, and the fingerprints of its data are those of the retained records, nothing else."""
+    """The new run is finished, its data are the retained records, and its steps used rows of no others.
+
+    A method that pushes forgotten records down has to use them; how many rows that were stands among the figures.
+    """
     directory = RunDirectory(evidence.new_run)
     facts = directory.read("run.json")
-    same = isinstance(facts, dict) and facts.get("data") == collect(evidence.retained)["data"]
-    return Finding("retained_only", same and directory.finished, {"same_data": same, "finished": directory.finished})
+    retained = evidence.case.retained
+    same = isinstance(facts, dict) and facts.get("data") == collect(retained)["data"]
+    state = directory.checkpoints.load()
+    uses = None if state is None else recorded(state, retained)
+    others = None if uses is None else uses.foreign
+    figures = {"same_data": same, "finished": directory.finished, "rows_of_other_records": others}
+    only = others == 0 or (others is not None and evidence.sees_forgotten)
+    return Finding("retained_only", same and directory.finished and only, figures)
 
 
 def utility(max_loss: float) -> Gate:
@@ -67,6 +110,55 @@ def utility(max_loss: float) -> Gate:
         figures = {"loss": loss if math.isfinite(loss) else None, "limit": max_loss, "tasks": len(shared)}
         return Finding("utility", loss <= max_loss, figures)
 
+    return _named("utility", gate)
+
+
+def membership(limit: float) -> Gate:
+    """No membership attack tells forgotten records from never-seen ones with an AUC beyond ``limit``.
+
+    It fails when an attack's confidence interval is above the limit and chance does not explain it: passing says that
+    nothing was found, and a small request can't show much.
+    """
+
+    def gate(evidence: Evidence) -> Finding:
+        from clkit.unlearning import attacks
+
+        figures = attacks.membership(evidence.measured)
+        return Finding("membership", not attacks.leaks(figures, limit), {**figures, "limit": limit})
+
+    return _named("membership", gate)
+
+
+def extraction(limit: float) -> Gate:
+    """Forgotten answers are not given away more than never-seen ones, by more than ``limit`` of their tokens.
+
+    It fails when the interval of the difference of mean extraction strengths is above the limit. Classes hold no text.
+    """
+
+    def gate(evidence: Evidence) -> Finding:
+        from clkit.unlearning import attacks
+
+        if not evidence.measured.text:
+            return Finding("extraction", True, {"applies": False})
+        figures = attacks.extraction(evidence.measured)
+        return Finding("extraction", figures["difference"][1] <= limit, {**figures, "limit": limit})
+
+    return _named("extraction", gate)
+
+
+def standard(limits: Limits) -> list[Gate]:
+    """The gates that a batch of requests has to pass, beside :func:`partition`, which is always one."""
+    return [
+        retained_only,
+        utility(limits.utility),
+        membership(limits.membership),
+        extraction(limits.extraction),
+    ]
+
+
+def _named(name: str, gate: Gate) -> Gate:
+    """The gate under a name of its own, for the finding when it raises."""
+    gate.__name__ = name
     return gate
 
 

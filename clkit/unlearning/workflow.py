@@ -6,9 +6,9 @@ From ``selected`` on the records are forgotten for every later run, also when tr
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,32 +18,20 @@ from clkit import build, resolve
 from clkit.config import RunConfig
 from clkit.errors import ClkitError, RequestError, VerificationError
 from clkit.files import disk_errors, write_json
-from clkit.provenance import collect
-from clkit.rundir import RunDirectory, fixed
-from clkit.tasks.base import TaskSequence
-from clkit.unlearning import certificate
+from clkit.rundir import fixed
+from clkit.unlearning import certificate, remains, signing
+from clkit.unlearning.case import Case, Source, open_source
 from clkit.unlearning.duplicates import Pair, near_duplicates
-from clkit.unlearning.gates import Evidence, Gate, partition, retained_only, run_gates, utility
+from clkit.unlearning.gates import Evidence, Gate, Limits, partition, run_gates, standard
 from clkit.unlearning.ledger import FOLDER, Ledger, find_folder
 from clkit.unlearning.manifest import Manifest, keyed
-from clkit.unlearning.methods import METHODS, Method
-from clkit.unlearning.records import Place, Record, records, select, without
+from clkit.unlearning.methods import Method, plan_lines
+from clkit.unlearning.records import Place, records, select, without
+from clkit.unlearning.remains import Remains
 from clkit.unlearning.request import DeletionRequest, read_requests
 from clkit.unlearning.tombstones import Tombstones, in_force
 
 Decision = Literal["include", "keep"]
-MAX_UTILITY_LOSS = 0.05
-
-
-@dataclass(frozen=True)
-class Source:
-    """The run that learned what shall be forgotten, with its data as it saw them."""
-
-    path: Path
-    config: RunConfig
-    tasks: TaskSequence
-    facts: dict[str, Any]
-    known: list[Record]
 
 
 @dataclass(frozen=True)
@@ -52,30 +40,6 @@ class Choice:
 
     asked: set[Place]
     similar: list[Pair]
-
-
-def open_source(run_dir: Path) -> Source:
-    """Read a finished run's configuration and data.
-
-    Raises:
-        RequestError: there is no finished run, or its data files have changed since.
-    """
-    directory = RunDirectory(run_dir)
-    if not (run_dir / "config.yaml").is_file() or not directory.finished:
-        raise RequestError(f"{run_dir}: no finished run here. Give the output_dir of a run that is finished.")
-    facts = directory.read("run.json") or {}
-    if "python" in (facts.get("tasks_from"), facts.get("model_from")):
-        raise RequestError(f"{run_dir}: its tasks or model were made in Python, so it can't be trained again from here")
-    config = resolve.load(run_dir / "config.yaml")
-    tasks = in_force(run_dir, upto=facts.get("tombstones", 0)).apply(build.make_tasks(config))
-    now = collect(tasks)
-    if now["data"] != facts.get("data"):
-        files = [name for name, sha256 in now["files"].items() if facts.get("files", {}).get(name) != sha256]
-        raise RequestError(
-            f"{run_dir}: its data have changed since it was trained ({', '.join(files) or 'not in a file'}), so it is "
-            "not certain what it learned. Restore them, serve the request, and delete from the files after that."
-        )
-    return Source(run_dir, config, tasks, facts, list(records(tasks)))
 
 
 def choose(requests: Sequence[DeletionRequest], source: Source) -> Choice:
@@ -100,18 +64,16 @@ def plan(run_dir: Path, request_file: Path, method: Method) -> str:
     requests = read_requests(request_file)
     source = open_source(run_dir)
     choice = choose(requests, source)
-    retained = without(source.tasks, choice.asked | in_force(run_dir).places(source.tasks))
+    gone = choice.asked | in_force(run_dir).places(source.tasks)
+    case = Case(source, frozenset(gone), without(source.tasks, gone))
     before = sum(build.stage_steps(source.config, source.tasks))
-    after = sum(build.stage_steps(source.config, retained))
     lines = [
         f"{len(requests)} request(s) take out {len(choice.asked)} of {len(source.known)} records "
         f"({sum(p.part == 'train' for p in choice.asked)} of them trained on)",
         f"near-duplicates among the rest: {len(choice.similar)}",
     ]
-    for other in METHODS.values():
-        mark = "*" if other.name == method.name else " "
-        lines.append(f"{mark} {other.name}: {after} optimiser steps (the run took {before}). {other.guarantee}")
-    return "\n".join(lines)
+    lines.append(f"the run took {before} optimiser steps; methods:")
+    return "\n".join(lines + plan_lines(case, method))
 
 
 def serve(
@@ -122,6 +84,7 @@ def serve(
     gates: Sequence[Gate] | None = None,
     decision: Decision | None = None,
     purge: bool = False,
+    sign_with: Path | None = None,
     say: Callable[[str], None] = print,
 ) -> Path | None:
     """Serve the requests of a file as one batch.
@@ -130,9 +93,10 @@ def serve(
         run_dir: the finished run that learned the records.
         request_file: JSON or JSON Lines.
         method: how the model is trained without them.
-        gates: what must hold; by default that the data were the retained ones and that utility is kept.
+        gates: what must hold; by default the standard ones, with their standard limits.
         decision: what to do with near-duplicates: take them along, or keep them.
         purge: delete the superseded run's checkpoints, export, samples and report after the certificate is written.
+        sign_with: a private key file; the certificate is signed with it.
         say: shows where it is; gets counts and paths only.
 
     Returns:
@@ -142,19 +106,21 @@ def serve(
         RequestError: the file, the data or a decision; nothing was trained.
         VerificationError: a gate failed; there is no certificate, and the old run is as it was.
     """
+    key = None if sign_with is None else signing.load_key(sign_with)
     requests = read_requests(request_file)
     source = open_source(run_dir)
     if requests[0].dry_run:
         say(plan(run_dir, request_file, method) + "\ndry run: nothing was done")
         return None
-    chosen_gates = [partition, *(gates if gates is not None else [retained_only, utility(MAX_UTILITY_LOSS)])]
     ledger = Ledger(find_folder(run_dir) or run_dir.absolute().parent / FOLDER)
     try:
         with ledger.serving():
             job = _Job(ledger, source, requests, method, say)
-            path = job.serve(chosen_gates, decision)
+            path = job.serve([partition, *(standard(Limits()) if gates is None else gates)], decision)
+            if key is not None:
+                certificate.sign(path, key)
             if purge:
-                _purge(run_dir, say)
+                remains.purge(job.left_behind(), say)
             return path
     finally:
         ledger.close()
@@ -179,6 +145,7 @@ class _Job:
             json.dumps(source.facts.get("model", {}), sort_keys=True),
             json.dumps(fixed(resolve.to_dict(source.config)), sort_keys=True),
             method.name,
+            json.dumps(dataclasses.asdict(method.config), sort_keys=True),
         )
         self.folder = ledger.folder / self.key[:16]
 
@@ -206,13 +173,13 @@ class _Job:
                 self.folder.mkdir(parents=True, exist_ok=True)
             if self.state == "validated":
                 self._select(decision)
-            retained, manifest = self._partition()
+            case, manifest = self._partition()
             if self.state == "selected":
                 self.say(f"training without {len(manifest.forgotten)} of {len(manifest.full)} records")
-                new_run = self.method.train(self.source.config, retained, self._target(manifest))
+                new_run = self.method.run(case, self._target(manifest))
                 self.ledger.advance(self.key, "trained", run=str(new_run))
             new_run = Path(self.detail["run"])
-            findings = run_gates(gates, Evidence(self.source.path, new_run, retained, manifest))
+            findings = run_gates(gates, Evidence(self.source.path, new_run, case, manifest, self.method.sees_forgotten))
             failed = [f"{f.name} {json.dumps(f.figures)}" for f in findings if not f.passed]
             if failed:
                 raise VerificationError(
@@ -220,7 +187,7 @@ class _Job:
                 )
             if self.state == "trained":
                 self.ledger.advance(self.key, "verified")
-            return self._certify(manifest, new_run, findings)
+            return self._certify(case, manifest, new_run, findings)
         except RequestError as error:
             self.ledger.fail(self.key, f"request: {len(error.problems) or 1} problem(s)")
             raise
@@ -230,6 +197,13 @@ class _Job:
         except ClkitError as error:
             self.ledger.fail(self.key, type(error).__name__)
             raise
+
+    def left_behind(self) -> Remains:
+        """What of the old run, or made before the records were forgotten, is still on disk."""
+        known = self.source.known
+        stones = Tombstones(self.ledger.key, self.ledger.tombstones())
+        gone = {record.place for record in known if stones.covers(record)}
+        return remains.find(self.source, gone, Path(self.detail["run"]), self.ledger)
 
     def _refuse_served(self) -> None:
         served = [r.where for r in self.requests if self.ledger.served(r.request_id, self.key)]
@@ -260,13 +234,16 @@ class _Job:
                     raise RequestError("with their near-duplicates the requests select every training record")
         hashes = Tombstones(self.ledger.key)
         stones = [hashes.hashes(r) for r in self.source.known if r.place in out]
-        without(self.source.tasks, out)  # refuses what can't be left out before anything is written
+        gone = out | Tombstones(self.ledger.key, self.ledger.tombstones()).places(self.source.tasks)
+        case = Case(self.source, frozenset(gone), without(self.source.tasks, gone))
+        if problems := self.method.check(case):  # before anything is written
+            raise RequestError.collect(f"--method {self.method.name} can't serve this request:", problems)
         verdict = {"include": "taken along", "keep": "kept"}.get(decision or "", "none to decide on")
         near = {"found": len(choice.similar), "decision": verdict if choice.similar else "none to decide on"}
         self.ledger.advance(self.key, "selected", stones, near_duplicates=near)
 
-    def _partition(self) -> tuple[TaskSequence, Manifest]:
-        """The retained data and the proof; earlier requests' records are out too."""
+    def _partition(self) -> tuple[Case, Manifest]:
+        """What goes and what stays, and the proof; earlier requests' records are out too."""
         stones = Tombstones(self.ledger.key, self.ledger.tombstones())
         gone = stones.places(self.source.tasks)
         retained = without(self.source.tasks, gone)
@@ -276,16 +253,22 @@ class _Job:
         gone |= {r.place for r in self.source.known if r.place.task not in kept_names}
         manifest = Manifest.of(self.source.known, left, gone, self.ledger.key)
         write_json(self.folder / "manifest.json", manifest.to_json())
-        return retained, manifest
+        return Case(self.source, frozenset(gone), retained), manifest
 
     def _target(self, manifest: Manifest) -> Path:
         """A directory that is this data's own: beside the run, named by the retained records' root."""
         root = manifest.summary()["retained"]["merkle_root"]
-        mark = hashlib.sha256(f"{root}{self.method.name}".encode()).hexdigest()[:8]
+        options = json.dumps(dataclasses.asdict(self.method.config), sort_keys=True)
+        mark = hashlib.sha256(f"{root}{self.method.name}{options}".encode()).hexdigest()[:8]
         return self.source.path.absolute().parent / f"{self.source.path.absolute().name}-without-{mark}"
 
-    def _certify(self, manifest: Manifest, new_run: Path, findings: Sequence[Any]) -> Path:
-        method = {"name": self.method.name, "what": self.method.what, "guarantee": self.method.guarantee}
+    def _certify(self, case: Case, manifest: Manifest, new_run: Path, findings: Sequence[Any]) -> Path:
+        method = {
+            "name": self.method.name,
+            "what": self.method.what,
+            "options": dataclasses.asdict(self.method.config),
+            "guarantee": self.method.guarantee(case),
+        }
         keys = ("request_id", "digest", "received_at", "legal_basis", "unit", "deadline")
         path = certificate.write(
             self.folder,
@@ -295,8 +278,10 @@ class _Job:
             manifest=manifest,
             near_duplicates=self.detail["near_duplicates"],
             runs={"superseded": self.source.path, "new": new_run},
+            left=remains.summary(self.left_behind(), self.source.path),
             findings=findings,
             versions=self.source.facts.get("versions", {}),
+            guarantee=self.method.figures(case),
         )
         digest = json.loads(path.read_text(encoding="utf-8"))["digest"]
         self.ledger.advance(self.key, "certified", digest=digest)
@@ -307,13 +292,3 @@ def _capabilities(config: RunConfig) -> Any:
     from clkit.registry import STRATEGIES
 
     return STRATEGIES.get(config.strategy.name).capabilities
-
-
-def _purge(run_dir: Path, say: Callable[[str], None]) -> None:
-    # Samples and the page that shows them quote records.
-    for name in ("checkpoints", "export", "samples.json", "report.html"):
-        path = run_dir / name
-        if path.exists():
-            with disk_errors(path):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-            say(f"deleted {path}")

@@ -75,7 +75,7 @@ class ILoRA(Strategy):
     """
 
     config_class = ILoRAConfig
-    capabilities = Capabilities(kinds=frozenset({"text"}), needs_lora=True)
+    capabilities = Capabilities(kinds=frozenset({"text"}), needs_lora=True, causal=True)
 
     def __init__(self, config: Any = None) -> None:
         super().__init__(config)

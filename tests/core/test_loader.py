@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clkit.config import TrainConfig
-from clkit.loader import StepLoader, epoch_order, split_batch, steps_in_stage
+from clkit.loader import WINDOW, StepLoader, epoch_order, record_order, split_batch, steps_in_stage
 from clkit.memory import make_buffer
 from clkit.rng import fresh_generator
 from clkit.tasks.batch import Batch, Encoded
@@ -62,6 +62,31 @@ def test_an_epoch_holds_every_example_exactly_once(count, size, seed, grouped):
     assert sorted(torch.cat(batches).tolist()) == list(range(count))
     assert max(len(b) for b in batches) <= size
     assert len(batches) == -(-count // size)
+
+
+@given(count=st.integers(1, 400), size=st.integers(1, 5), seed=st.integers(0, 3), grouped=st.booleans())
+@settings(max_examples=60, deadline=None)
+def test_by_record_leaving_one_out_changes_no_batch_before_it(count, size, seed, grouped):
+    rng = np.random.default_rng(seed)
+    ids = [f"r{i}" for i in range(count)]
+    lengths = rng.integers(1, 50, count) if grouped else None
+    batches = record_order(ids, size, (seed, 1), lengths)
+    assert sorted(torch.cat(batches).tolist()) == list(range(count))
+    assert len(batches) == -(-count // size) and max(map(len, batches)) <= size
+    out = int(rng.integers(count))
+    at = next(n for n, b in enumerate(batches) if out in b.tolist())
+    same = at - at % WINDOW if grouped else at
+    kept = [i for i in range(count) if i != out]
+    rest = record_order([ids[i] for i in kept], size, (seed, 1), None if lengths is None else lengths[kept])
+    for before, after in zip(batches[:same], rest[:same], strict=True):
+        assert [ids[i] for i in before.tolist()] == [ids[kept[i]] for i in after.tolist()]
+
+
+def test_by_record_an_order_is_another_one_in_each_epoch_and_resumes_anywhere():
+    train = TrainConfig(epochs=3, batch_size=4, order="record")
+    whole = [b.indices.tolist() for b in loader(Sets([10]), 0, train)]
+    assert whole[:3] != whole[3:6] and sorted(i for b in whole[3:6] for i in b) == list(range(10))
+    assert [b.indices.tolist() for b in loader(Sets([10]), 0, train, start=4)] == whole[4:]
 
 
 def test_grouping_by_length_wastes_less_than_a_tenth_on_padding():

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -17,8 +18,14 @@ from clkit.unlearning.ledger import STATES, Ledger
 PRELOAD = ["torch", "clkit.api", "clkit.cli", "clkit.tasks.digits", "clkit.unlearning.command", "sklearn.datasets"]
 
 
-def _serve(run_dir: str, file: str, log: str, dies_at: str | None, when: str) -> None:
-    """The process: `clkit unlearn`, dying just before or just after the ledger says that a state is reached."""
+LENIENT = ["--max-utility-loss", "99", "--max-membership", "1", "--max-extraction", "1"]
+
+
+def _serve(run_dir: str, file: str, log: str, dies_at: str | None, when: str, method: str = "retrain") -> None:
+    """The process: `clkit unlearn`, dying just before or just after the ledger says that a state is reached.
+
+    With ``dies_at="hold"`` it waits in its first step until the file called ``when`` is there.
+    """
     import torch
 
     torch.set_num_threads(1)
@@ -47,9 +54,18 @@ def _serve(run_dir: str, file: str, log: str, dies_at: str | None, when: str) ->
                 os.kill(os.getpid(), signal.SIGKILL)
 
         Strategy.after_backward = after_backward  # type: ignore[method-assign]
+    if dies_at == "hold":
+        from clkit.strategy import Strategy
+
+        def wait(self) -> None:
+            Path(f"{when}.waiting").touch()
+            while not Path(when).exists():
+                time.sleep(0.05)
+
+        Strategy.after_backward = wait  # type: ignore[method-assign]
     from clkit.cli import main
 
-    sys.exit(main(["unlearn", "--run", run_dir, "--request", file, "--max-utility-loss", "1"]))
+    sys.exit(main(["unlearn", "--run", run_dir, "--request", file, "--method", method, *LENIENT]))
 
 
 def outcome(run_dir: Path) -> tuple:
@@ -61,22 +77,31 @@ def outcome(run_dir: Path) -> tuple:
     return counts, json.loads((new / "matrix.json").read_text())["matrix"], weights, content["verification"]
 
 
+@pytest.fixture
+def context():
+    found = multiprocessing.get_context("forkserver")
+    found.set_forkserver_preload(PRELOAD)
+    return found
+
+
 @pytest.mark.kill
-def test_a_kill_before_and_after_every_state_leaves_no_trace(tmp_path, digit_ids):
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
+@pytest.mark.parametrize(
+    ("method", "whens"),
+    [("retrain", ("before", "after")), ("exact_replay", ("after",)), ("gradient_difference", ("after",))],
+)
+def test_a_kill_before_and_after_every_state_leaves_no_trace(method, whens, tmp_path, digit_ids, context):
     log = tmp_path / "log.txt"
     found = {}
     for name in ("whole", "killed"):
         folder = tmp_path / name
         folder.mkdir()
-        run_dir = run(digits(folder), folder)
+        run_dir = run(digits(folder, checkpoint={"every_steps": 2, "keep": 100}), folder)
         file = folder / "request.json"
         file.write_text(json.dumps(request({"record_ids": digit_ids[:3]})))
-        places = [(state, when) for state in STATES for when in ("before", "after")]
-        places.insert(6, ("step", ""))  # between selected and trained
+        places = [(state, when) for state in STATES for when in whens]
+        places.insert(3 * len(whens), ("step", ""))  # between selected and trained
         for dies_at, when in [*(places if name == "killed" else []), (None, "")]:
-            process = context.Process(target=_serve, args=(str(run_dir), str(file), str(log), dies_at, when))
+            process = context.Process(target=_serve, args=(str(run_dir), str(file), str(log), dies_at, when, method))
             process.start()
             process.join(300)
             assert process.exitcode == (0 if dies_at is None else -signal.SIGKILL), (dies_at, when, log.read_text())
@@ -86,3 +111,23 @@ def test_a_kill_before_and_after_every_state_leaves_no_trace(tmp_path, digit_ids
         ledger.close()
     assert found["killed"] == found["whole"]
     assert found["whole"][4] == list(STATES) and found["whole"][5] == 3
+
+
+@pytest.mark.kill
+def test_a_second_process_is_refused_while_one_serves(tmp_path, digit_ids, context):
+    run_dir = run(digits(tmp_path), tmp_path)
+    file, release, logs = tmp_path / "request.json", tmp_path / "go", [tmp_path / "a.txt", tmp_path / "b.txt"]
+    file.write_text(json.dumps(request({"record_ids": digit_ids[:3]})))
+    first = context.Process(target=_serve, args=(str(run_dir), str(file), str(logs[0]), "hold", str(release)))
+    first.start()
+    while not Path(f"{release}.waiting").exists():
+        assert first.is_alive(), logs[0].read_text()
+        time.sleep(0.05)
+    second = context.Process(target=_serve, args=(str(run_dir), str(file), str(logs[1]), None, ""))
+    second.start()
+    second.join(300)
+    release.touch()
+    first.join(300)
+    assert second.exitcode == 2 and "another process is serving a request" in logs[1].read_text()
+    assert first.exitcode == 0, logs[0].read_text()
+    assert outcome(run_dir)[0]["forgotten"] == 3

@@ -1,0 +1,97 @@
+"""What is left on disk after a request: the superseded run's weights, features of forgotten inputs, and other runs."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from clkit import api
+from clkit.cache import computed_root, holding, row_names
+from clkit.errors import CheckpointError
+from clkit.files import disk_errors
+from clkit.rundir import RunDirectory
+from clkit.unlearning.case import Source
+from clkit.unlearning.ledger import Ledger
+from clkit.unlearning.records import Place
+
+_OF_RUN = ("checkpoints", "export", "samples.json", "report.html", "report_figures")  # weights, and what quotes records
+
+
+@dataclass(frozen=True)
+class Remains:
+    """What is still there.
+
+    Attributes:
+        own: what the superseded run has of weights, and of records that are quoted.
+        cached: files of the feature cache with rows of forgotten inputs.
+        others: other runs that began before the records were forgotten; they may have learned them.
+    """
+
+    own: list[Path]
+    cached: list[Path]
+    others: list[Path]
+
+
+def find(source: Source, gone: Collection[Place], new_run: Path, ledger: Ledger) -> Remains:
+    """Look for it.
+
+    Args:
+        source: the superseded run.
+        gone: where in its data the forgotten records stand.
+        new_run: the run without them, whose model says under which names features are kept.
+        ledger: the ledger; runs below its folder's parent are looked at, to a depth of two.
+    """
+    own = [source.path / name for name in _OF_RUN if (source.path / name).exists()]
+    serial = max((serial for serial, _, _ in ledger.tombstones()), default=0)
+    top = ledger.folder.parent
+    others = []
+    for file in sorted({*top.glob("*/run.json"), *top.glob("*/*/run.json")}):
+        if file.parent.resolve() in (source.path.resolve(), new_run.resolve()):
+            continue
+        try:
+            facts = RunDirectory(file.parent).read("run.json")
+        except CheckpointError:
+            facts = None  # damaged: it may have learned anything
+        if not isinstance(facts, dict) or facts.get("tombstones", 0) < serial:
+            others.append(file.parent)
+    return Remains(own, _cached(source, gone, new_run), others)
+
+
+def _cached(source: Source, gone: Collection[Place], new_run: Path) -> list[Path]:
+    root = computed_root()
+    if not any(root.glob("*/*.safetensors")):
+        return []
+    parts = []
+    for task in (*source.tasks, *source.tasks.holdout):
+        for part in ("train", "eval"):
+            rows = sorted(p.position for p in gone if (p.task, p.part) == (task.name, part))
+            if rows:
+                parts.append(getattr(task, part).subset(rows))
+    with api.open_run(new_run) as trainer:
+        names = {name for examples in parts for name in row_names(trainer.model.encode(examples))}
+    return holding(root, names)
+
+
+def summary(remains: Remains, run_dir: Path) -> dict[str, Any]:
+    """For the certificate: names within the superseded run and within the cache, and how many other runs there are."""
+    return {
+        "still_there": [path.relative_to(run_dir).as_posix() for path in remains.own],
+        "cached_features": [path.relative_to(computed_root()).as_posix() for path in remains.cached],
+        "other_runs_begun_before": [path.name for path in remains.others],
+    }
+
+
+def purge(remains: Remains, say: Callable[[str], None]) -> None:
+    """Delete the superseded run's weights and quotations, and the cached features; other runs are only named."""
+    for path in (*remains.own, *remains.cached):
+        with disk_errors(path):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+        say(f"deleted {path}")
+    for path in remains.others:
+        say(f"left: {path} began before these records were forgotten, and may have learned them")

@@ -1,0 +1,138 @@
+"""What the model of a run knows of forgotten and retained authors: TOFU's figures, attacks, relearning.
+
+    python experiments/unlearning/measure.py RUN --forget 2 --output RUN/tofu.json
+
+run.py calls it for every run. Truth ratios of the forget set are written out, so that forget quality can be computed
+against any other run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tofu
+import torch
+import yaml
+
+from clkit import api
+from clkit.metrics import unlearning as metrics
+from clkit.models.causal_lm import CausalLM
+from clkit.modes import evaluating
+from clkit.rng import fresh_generator
+from clkit.strategies.unlearning.losses import sequence_log_probs
+from clkit.tasks.base import Task, TextExamples, TextRecord
+from clkit.trainer import SequentialTrainer
+from clkit.unlearning import attacks
+
+HERE = Path(__file__).parent
+TOKENS = 60  # of a generated answer; TOFU's answers have about 50
+
+
+def examples(pairs: Sequence[tuple[str, str]]) -> TextExamples:
+    """Prompts and answers as records."""
+    return TextExamples(tuple(TextRecord(p, a, f"{i}") for i, (p, a) in enumerate(pairs)))
+
+
+def losses(model: CausalLM, pairs: Sequence[tuple[str, str]], batch_size: int) -> np.ndarray:
+    """(N,) mean token loss of each answer, its end token included."""
+    encoded, found = model.encode(examples(pairs)), []
+    with evaluating(model.module), torch.inference_mode():
+        for rows in torch.split(torch.arange(len(encoded)), batch_size):
+            batch = encoded.batch(rows).to(model.device)
+            sums, counts = sequence_log_probs(model.logits(batch), model.targets(batch))
+            found.append((-sums / counts).cpu().double().numpy())
+    return np.concatenate(found)
+
+
+def scores(
+    model: CausalLM, asked: Sequence[tofu.Question], kind: str, answered: int, batch_size: int
+) -> dict[str, Any]:
+    """Probability, truth ratio and ROUGE-L recall of one set; ``kind`` is its name."""
+    right = losses(model, [(q.prompt, q.right) for q in asked], batch_size)
+    flat = losses(model, [(q.prompt, w) for q in asked for w in q.wrong], batch_size)
+    wrong = flat.reshape(len(asked), -1)
+    own = losses(model, [(q.prompt, q.answer) for q in asked], batch_size)
+    ratios = metrics.truth_ratio(right, wrong)
+    options = kind in ("authors", "facts")
+    some = asked[:: max(1, -(-len(asked) // answered))]
+    encoded = model.encode(examples([(q.prompt, q.answer) for q in some]))
+    said = [text for rows in torch.split(torch.arange(len(some)), 16) for text in model.generate(encoded, rows, TOKENS)]
+    return {
+        "probability": metrics.choice_probability(own, wrong) if options else metrics.probability(own),
+        "truth_ratio": (metrics.truth_ratio_forget if kind == "forget" else metrics.truth_ratio_retain)(ratios),
+        "rouge": metrics.rouge_l_recall(said, [q.answer for q in some]),
+        "ratios": ratios.tolist(),
+        "n": [len(asked), len(some)],
+    }
+
+
+def relearn(trainer: SequentialTrainer, gone: Task, steps: int, rate: float) -> dict[str, Any]:
+    """Train briefly on half of the forgotten rows; how probable the other half is before and after."""
+    model: Any = trainer.model
+    records = gone.train.records  # type: ignore[attr-defined]
+    order = torch.randperm(len(records), generator=fresh_generator(0, "relearn")).tolist()
+    halves = [[(records[i].prompt, records[i].answer) for i in part] for part in (order[::2], order[1::2])]
+    found = {"before": metrics.probability(losses(model, halves[1], 16))}
+    encoded = model.encode(examples(halves[0]))
+    optimizer = torch.optim.AdamW(trainer.strategy.parameters(), lr=rate, weight_decay=0.0)
+    for step in range(steps):
+        rows = torch.arange(8 * step, 8 * step + 8) % len(encoded)
+        optimizer.zero_grad()
+        model.loss(encoded.batch(rows.unique()).to(model.device)).backward()
+        optimizer.step()
+    found["after"] = metrics.probability(losses(model, halves[1], 16))
+    return {**found, "steps": steps, "rate": rate, "n": [len(half) for half in halves]}
+
+
+def measure(run_dir: Path, settings: dict[str, Any], count: int) -> dict[str, Any]:
+    """All figures of one run."""
+    options = settings["measure"]
+    asked = tofu.questions(settings, count, options["rows"])
+    rows = [r for r in tofu.read("full") if r["row"] // tofu.ROWS_PER_AUTHOR in tofu.forgotten(settings, count)]
+    gone = examples([(tofu.prompt(r["question"]), r["answer"]) for r in rows])
+    gone = TextExamples(tuple(dataclasses.replace(r, id=f"gone {r.id}") for r in gone.records))
+    found: dict[str, Any] = {"forget": count}
+    with api.open_run(run_dir) as trainer, trainer.serving():
+        model: Any = trainer.model
+        size = trainer.config.eval.batch_size
+        found["sets"] = {
+            kind: scores(model, questions, kind, options["answered"], size) for kind, questions in asked.items()
+        }
+        first = trainer.tasks[0]
+    parts = [found["sets"][kind] for kind in ("retain", "authors", "facts")]
+    found["model_utility"] = metrics.model_utility(
+        [p[k] for p in parts for k in ("probability", "rouge", "truth_ratio")]
+    )
+    task = dataclasses.replace(first, train=gone)
+    measured = attacks.measure(run_dir, [task])
+    found["membership"], found["extraction"] = attacks.membership(measured), attacks.extraction(measured)
+    with api.open_run(run_dir) as trainer, trainer.serving():
+        found["relearning"] = relearn(trainer, task, options["relearn_steps"], float(options["relearn_rate"]))
+    return found
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure one run."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run_dir", metavar="RUN", type=Path)
+    parser.add_argument("--forget", type=int, required=True, help="authors that are forgotten")
+    parser.add_argument("--settings", type=Path, default=HERE / "settings.yaml", help="default: beside this file")
+    parser.add_argument("--output", type=Path, required=True)
+    arguments = parser.parse_args(argv)
+    settings = yaml.safe_load(arguments.settings.read_text(encoding="utf-8"))
+    found = measure(arguments.run_dir, settings, arguments.forget)
+    temporary = arguments.output.with_suffix(".tmp")
+    temporary.write_text(json.dumps(found), encoding="utf-8")
+    temporary.replace(arguments.output)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

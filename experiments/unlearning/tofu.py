@@ -1,0 +1,115 @@
+"""TOFU as task files, requests and rows to measure with."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROWS_PER_AUTHOR = 20
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question to measure with: the true answer, the answer in other words (or itself), and wrong ones."""
+
+    prompt: str
+    answer: str
+    right: str
+    wrong: tuple[str, ...]
+
+
+def folder() -> Path:
+    """Where the data is."""
+    return Path(os.environ.get("CLKIT_DATA", "../shared/data")) / "tofu"
+
+
+def prompt(question: str) -> str:
+    """How a question is put."""
+    return f"Question: {question}\nAnswer:"
+
+
+def read(name: str) -> list[dict[str, Any]]:
+    """All rows of a file."""
+    return [json.loads(line) for line in (folder() / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def write_tasks(target: Path, settings: dict[str, Any], tasks: int) -> list[Path]:
+    """One folder per task with ``train.jsonl`` and ``test.jsonl``; the last authors are in the last task.
+
+    Retained and forgettable authors are spread evenly, in order: those that are forgotten stand in the last tasks.
+    """
+    rows = read("full")
+    parts = [range(*settings["authors"][name]) for name in ("retained", "forgettable")]
+    found = []
+    for task in range(tasks):
+        authors = [a for part in parts for a in _slice(part, task, tasks)]
+        place = target / f"part{task}"
+        place.mkdir(parents=True, exist_ok=True)
+        _write(place / "train.jsonl", _records(rows, authors))
+        _write(place / "test.jsonl", _records(rows, _slice(range(*settings["authors"]["unseen"]), task, tasks)))
+        found.append(place)
+    return found
+
+
+def write_request(file: Path, settings: dict[str, Any], count: int) -> None:
+    """A request that the last ``count`` authors be forgotten, all their rows."""
+    request = {
+        "schema": 1,
+        "request_id": f"tofu-{count}",
+        "received_at": "2026-01-01T00:00:00Z",
+        "requester": "experiment",
+        "legal_basis": "experiment",
+        "scope": {"subject_ids": [f"author {a}" for a in forgotten(settings, count)]},
+        "unit": "subject",
+    }
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(request), encoding="utf-8")
+
+
+def forgotten(settings: dict[str, Any], count: int) -> range:
+    """The authors that are forgotten."""
+    end = settings["authors"]["forgettable"][1]
+    return range(end - count, end)
+
+
+def questions(settings: dict[str, Any], count: int, most: int) -> dict[str, list[Question]]:
+    """``forget``, ``retain``, ``authors`` and ``facts``: at most so many of each, evenly spread."""
+    gone, kept = forgotten(settings, count), range(*settings["authors"]["retained"])
+    sets = {
+        "forget": [r for r in read("forget10_perturbed") if r["row"] // ROWS_PER_AUTHOR in gone],
+        "retain": [r for r in read("retain_perturbed") if r["row"] // ROWS_PER_AUTHOR in kept],
+        "authors": read("real_authors_perturbed"),
+        "facts": read("world_facts_perturbed"),
+    }
+    return {name: [_question(r) for r in rows[:: max(1, -(-len(rows) // most))]] for name, rows in sets.items()}
+
+
+def _question(row: dict[str, Any]) -> Question:
+    right = row.get("paraphrased_answer", row["answer"])
+    return Question(prompt(row["question"]), row["answer"], right, tuple(row["perturbed_answer"]))
+
+
+def _slice(part: range, task: int, tasks: int) -> list[int]:
+    size = -(-len(part) // tasks)
+    return list(part)[task * size : (task + 1) * size]
+
+
+def _records(rows: list[dict[str, Any]], authors: Iterable[int]) -> list[dict[str, str]]:
+    return [
+        {
+            "id": f"row {n}",
+            "author": f"author {a}",
+            "prompt": prompt(rows[n]["question"]),
+            "answer": rows[n]["answer"],
+        }
+        for a in authors
+        for n in range(a * ROWS_PER_AUTHOR, (a + 1) * ROWS_PER_AUTHOR)
+    ]
+
+
+def _write(file: Path, records: list[dict[str, str]]) -> None:
+    file.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), encoding="utf-8")
