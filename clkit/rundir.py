@@ -33,6 +33,7 @@ _OWN = (
     "metrics.json",
     "further.json",
     "answer_styles.jsonl",
+    "noisy_steps.txt",
     "report.html",
     "export",
     ".tmp-export",
@@ -49,7 +50,8 @@ class RunDirectory:
 
     ``config.yaml`` resolved configuration; ``run.json`` versions, git revision, data and model hashes; ``status.json``;
     ``events.jsonl``; ``matrix.json``; ``metrics.json``; ``further.json`` further matrices; ``answer_styles.jsonl``
-    converted training records; ``checkpoints/``; ``export/``; ``report.html``.
+    converted training records; ``noisy_steps.txt`` what a private engine spent; ``checkpoints/``; ``export/``;
+    ``report.html``.
     """
 
     def __init__(self, path: str | Path, keep: int = 2) -> None:
