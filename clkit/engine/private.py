@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from clkit.config import EngineConfig, TrainConfig, opt
-from clkit.engine.accounting import sigma_for
+from clkit.engine.accounting import Noisy, sigma_for
 from clkit.engine.clipping import Clipper, choose_way
 from clkit.engine.guarantee import FILE, NO_NOISE, VOID, Spent, epsilon_now, plan, rate_of
 from clkit.engine.local import LocalEngine
@@ -129,23 +129,19 @@ class PrivateEngine(LocalEngine):
             "planned": [s._asdict() for s in stages],
             "void": void,
         }
+        rows = [Noisy(sigma, s.rate, s.steps) for s in stages]
+        self._facts["planned_epsilon"] = epsilon_now(self._facts | {"spent": rows})
 
     def notes(self) -> list[str]:
         """Noise, sampling and epsilon as planned."""
         facts = self._facts
         rates = sorted({f"{stage['rate']:.3g}" for stage in facts["planned"]})
-        after = self._planned_epsilon()
+        after = facts["planned_epsilon"]
         bound = (
             f"no guarantee: {facts['void']}" if after is None else f"epsilon {after:.3g} at delta {facts['delta']:.1e}"
         )
         drawn = f"{facts['units']} {facts['unit']}s drawn at rate {', '.join(rates)}, clipped to {facts['clip']:g}"
         return [f"private: {drawn}, noise multiplier {facts['noise_multiplier']:.4g}; {bound}"]
-
-    def _planned_epsilon(self) -> float | None:
-        """Epsilon when every step is taken once; None where nothing is guaranteed."""
-        facts = self._facts
-        rows = [[facts["noise_multiplier"], stage["rate"], stage["steps"]] for stage in facts["planned"]]
-        return epsilon_now(facts | {"spent": rows})
 
     def prepare(self, model: Model) -> None:
         """Move the module to the device.
@@ -194,7 +190,8 @@ class PrivateEngine(LocalEngine):
     def finish(self) -> None:
         """Take the hooks off the module, and write down what was spent and what follows."""
         self._detach()
-        self._write("privacy")
+        if "planned" in self._facts:
+            self._write("privacy", self.facts)
 
     def _detach(self) -> None:
         if self._clipper is not None:
@@ -207,9 +204,8 @@ class PrivateEngine(LocalEngine):
         facts = self._facts | {"spent": [list(noisy) for noisy in self._spent.history]}
         return facts | {"epsilon": epsilon_now(facts)}
 
-    def _write(self, kind: str, **more: Any) -> None:
-        if self._directory is not None and "planned" in self._facts:
-            facts = self.facts | more
+    def _write(self, kind: str, facts: dict[str, Any]) -> None:
+        if self._directory is not None:
             self._directory.event(kind, **facts)
             self._directory.write("run.json", (self._directory.read("run.json") or {}) | {"privacy": facts})
 
@@ -224,7 +220,7 @@ class PrivateEngine(LocalEngine):
         records = len(self._units.of)
         self._rate = rate_of(strategy, records)
         self._expected = self._rate * records
-        self._write("privacy_plan", planned_epsilon=self._planned_epsilon())
+        self._write("privacy_plan", self._facts)
         return PoissonBatches(
             strategy.step_loader().source,
             self._units,

@@ -13,6 +13,7 @@ from clkit.strategies.dp2unlearning.rewrite import Claim, Rewriter
 from clkit.tasks.base import Task, TaskSequence, TextExamples, TextRecord
 
 NAME = "rewriting.json"
+_NOTHING = "."
 _ADJACENT = (
     "a record's text replaced by another{same}; that the record was there, its id and its subject are not hidden"
 )
@@ -38,12 +39,14 @@ def write_tasks(tasks: TaskSequence, folder: Path, rewriter: Rewriter) -> Claim:
             tokens[record.id] = sum(rewriter.claim.tokens[before:])
             # Both texts belong to one record, and so does what they cost.
             rewriter.claim.tokens[before:] = [tokens[record.id]]
-            rows.append({"id": record.id, "subject": record.subject, "prompt": prompt, "answer": answer})
+            # A text of which nothing is left could not be read again; putting something there says nothing.
+            said = {"prompt": prompt or _NOTHING, "answer": answer or _NOTHING}
+            rows.append({"id": record.id, "subject": record.subject, **said})
         shown = [{"id": r.id, "subject": r.subject, "prompt": r.prompt, "answer": r.answer} for r in evaluated]
         (folder / task.name).mkdir(parents=True, exist_ok=True)
         for name, lines in (("train.jsonl", rows), ("test.jsonl", shown)):
             file = folder / task.name / name
-            write_text(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in lines))
+            write_text(file, "".join(json.dumps(row) + "\n" for row in lines))
             files[file.relative_to(folder).as_posix()] = file_sha256(file)
     write_json(folder / NAME, {"claim": rewriter.claim.to_json(), "tokens": tokens, "files": files})
     return rewriter.claim

@@ -64,10 +64,11 @@ def exported(run_dir) -> bytes:
     return (run_dir / "export" / "adapter_model.safetensors").read_bytes()
 
 
-def some_ids(run_dir, person, count=None) -> list[str]:
-    """Ids of training records about a person, as the base saw them."""
+def training_ids(run_dir, person=None) -> list[str]:
+    """Ids of training records (about a person), as the run's files have them."""
     tasks = build.make_tasks(resolve.load(run_dir / "config.yaml"))
-    return [r.id for r in records(tasks) if r.place.part == "train" and r.fields["subject"] == person][:count]
+    trained = [r for r in records(tasks) if r.place.part == "train"]
+    return [r.id for r in trained if person in (None, r.fields["subject"])]
 
 
 def test_the_deployed_run_starts_from_the_bases_weights(m0, people_content, tmp_path):
@@ -87,7 +88,7 @@ def test_the_deployed_run_starts_from_the_bases_weights(m0, people_content, tmp_
 def test_a_request_is_served_from_the_base_as_if_the_records_had_never_been_there(
     deployed, m0, people_content, write, tmp_path
 ):
-    ids = some_ids(m0, PEOPLE[0], 2)
+    ids = training_ids(m0)[:2]
     assert unlearn(deployed, write(request({"record_ids": ids}))) == 0
     ((path, content),) = certificates(deployed)
     tasks = build.make_tasks(resolve.load(deployed / "config.yaml"))
@@ -119,7 +120,7 @@ def test_a_request_is_served_from_the_base_as_if_the_records_had_never_been_ther
 
 
 def test_requests_in_sequence_restart_from_the_base_and_bound_all_that_is_forgotten(deployed, m0, write):
-    first, second = some_ids(m0, PEOPLE[0], 2), some_ids(m0, PEOPLE[2], 1)
+    first, second = training_ids(m0)[:2], training_ids(m0)[-1:]
     assert unlearn(deployed, write(request({"record_ids": first}))) == 0
     assert unlearn(deployed, write(request({"record_ids": second}, request_id="R-2"))) == 0
     (_, one), (path, both) = certificates(deployed)
@@ -135,15 +136,14 @@ def test_a_subject_counts_once_when_it_is_gone_and_twice_when_a_part_is(people_c
     base = protected(people_content, tmp_path, unit="subject")
     run_dir = start(people_content, "deployed", tmp_path, strategy={"name": "dp2unlearning", "base": str(base)})
     assert unlearn(run_dir, write(request({"subject_ids": [PEOPLE[0]]}))) == 0
-    part = some_ids(base, PEOPLE[2])
-    assert len(part) > 1
+    part = next(ids for p in PEOPLE[2:] if len(ids := training_ids(base, p)) > 1)
     assert unlearn(run_dir, write(request({"record_ids": part[:1]}, request_id="R-2"))) == 0
     assert [c["guarantee"]["group"]["units"] for _, c in certificates(run_dir)] == [1, 3]
     assert certificates(run_dir)[0][1]["guarantee"]["unit"] == "subject"
 
 
 def test_plan_shows_the_bound_and_the_cost_and_writes_nothing(deployed, m0, write, capsys):
-    file = write(request({"record_ids": some_ids(m0, PEOPLE[0], 2)}))
+    file = write(request({"record_ids": training_ids(m0)[:2]}))
     assert unlearn(deployed, file, "--plan") == 0
     out = capsys.readouterr().out
     (line,) = [line for line in out.splitlines() if line.startswith("* dp2unlearning")]
@@ -152,7 +152,7 @@ def test_plan_shows_the_bound_and_the_cost_and_writes_nothing(deployed, m0, writ
 
 
 def test_without_its_base_a_run_opens_and_no_request_is_served(deployed, m0, write, capsys):
-    file = write(request({"record_ids": some_ids(m0, PEOPLE[0], 1)}))
+    file = write(request({"record_ids": training_ids(m0)[:1]}))
     m0.rename(m0.with_name("moved"))
     assert main(["eval", str(deployed)]) == 0
     capsys.readouterr()
@@ -162,7 +162,7 @@ def test_without_its_base_a_run_opens_and_no_request_is_served(deployed, m0, wri
 
 
 def test_verify_finds_a_base_that_changed_after_the_certificate(deployed, m0, write, capsys):
-    assert unlearn(deployed, write(request({"record_ids": some_ids(m0, PEOPLE[0], 1)}))) == 0
+    assert unlearn(deployed, write(request({"record_ids": training_ids(m0)[:1]}))) == 0
     ((path, _),) = certificates(deployed)
     assert main(["unlearn", "--verify", str(path)]) == 0
     (m0 / "export" / "adapter_model.safetensors").write_bytes(b"other")
@@ -174,7 +174,7 @@ def test_verify_finds_a_base_that_changed_after_the_certificate(deployed, m0, wr
 def test_a_base_with_a_test_seed_guarantees_nothing_and_the_certificate_says_so(people_content, tmp_path, write):
     base = protected(people_content, tmp_path, test_seed=1)
     run_dir = start(people_content, "deployed", tmp_path, strategy={"name": "dp2unlearning", "base": str(base)})
-    assert unlearn(run_dir, write(request({"record_ids": some_ids(base, PEOPLE[0], 1)}))) == 0
+    assert unlearn(run_dir, write(request({"record_ids": training_ids(base)[:1]}))) == 0
     ((_, content),) = certificates(run_dir)
     assert "nothing is guaranteed" in content["guarantee"]["void"] and content["guarantee"]["epsilon"] is None
     assert content["method"]["guarantee"].startswith("No guarantee: ")
@@ -182,7 +182,7 @@ def test_a_base_with_a_test_seed_guarantees_nothing_and_the_certificate_says_so(
 
 def test_a_run_that_was_not_deployed_from_a_base_is_refused(people_content, tmp_path, write, capsys):
     run_dir = start(people_content, "plain", tmp_path)
-    assert unlearn(run_dir, write(request({"record_ids": some_ids(run_dir, PEOPLE[0], 1)}))) == 2
+    assert unlearn(run_dir, write(request({"record_ids": training_ids(run_dir)[:1]}))) == 2
     assert "the run's strategy is naive" in capsys.readouterr().err
 
 
@@ -250,7 +250,7 @@ def test_a_base_of_rewritten_text_is_bounded_per_token(rewritten, people_content
     for file in (tmp_path / "rewritten").rglob("train.jsonl"):
         assert not {"kiwi", "orchard", "bridge", "violin"} & {*file.read_text().replace('"', " ").split()}
     run_dir = start(people_content, "deployed", tmp_path, strategy={"name": "dp2unlearning", "base": str(rewritten)})
-    ids = some_ids(run_dir, PEOPLE[0], 2)
+    ids = training_ids(run_dir)[:2]
     assert unlearn(run_dir, write(request({"record_ids": ids}))) == 0
     ((path, content),) = certificates(run_dir)
     said = content["guarantee"]
