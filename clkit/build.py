@@ -107,7 +107,16 @@ def located(config: RunConfig) -> RunConfig:
             options = dataclasses.replace(options, root=".", **paths)
         else:
             options = dataclasses.replace(options, root=_absolute(root))
-    return dataclasses.replace(config, model=model, tasks=Plugin(config.tasks.name, options))
+    strategy = Plugin(config.strategy.name, _located_fields(config.strategy.config))
+    return dataclasses.replace(config, model=model, tasks=Plugin(config.tasks.name, options), strategy=strategy)
+
+
+def _located_fields(options: Any) -> Any:
+    """A strategy's options with those made absolute that name a file or folder."""
+    if not dataclasses.is_dataclass(options) or isinstance(options, type):
+        return options
+    named = [f.name for f in dataclasses.fields(options) if f.metadata.get("path") and getattr(options, f.name)]
+    return dataclasses.replace(options, **{n: _absolute(Path(getattr(options, n)).expanduser()) for n in named})
 
 
 def _absolute(path: Path) -> str:
@@ -117,9 +126,15 @@ def _absolute(path: Path) -> str:
 
 def stage_steps(config: RunConfig, tasks: TaskSequence) -> list[int]:
     """Optimiser steps of each stage, by what the strategy trains on there; 0 for a stage that it skips."""
+    strategy = _before_the_run(config, tasks)
+    return [strategy.stage_steps(stage) for stage in range(len(tasks))]
+
+
+def _before_the_run(config: RunConfig, tasks: TaskSequence) -> Strategy:
+    """The strategy as it can answer before there is a model."""
     strategy = make_strategy(config.strategy)
     strategy.run = cast(Any, SimpleNamespace(tasks=tasks, config=config))
-    return [strategy.stage_steps(stage) for stage in range(len(tasks))]
+    return strategy
 
 
 def check(config: RunConfig, tasks: TaskSequence, capabilities: Any) -> Engine:
@@ -161,6 +176,10 @@ def check(config: RunConfig, tasks: TaskSequence, capabilities: Any) -> Engine:
         )
     try:
         engine = make_engine(config.engine)
+        if not errors:
+            planned = _before_the_run(config, tasks)
+            planned.admit()
+            engine.admit(planned)
     except ClkitError as error:
         errors.append(error)
     if len(errors) == 1:

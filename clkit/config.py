@@ -14,12 +14,14 @@ def opt(
     max: float | None = None,
     above: float | None = None,
     choices: tuple[str, ...] | None = None,
+    path: bool | None = None,
 ) -> Any:
     """A dataclass field with its help and its range (``min``/``max`` inclusive, ``above`` exclusive).
 
-    ``default`` is a value, or something to call for one (a dataclass of options).
+    ``default`` is a value, or something to call for one (a dataclass of options). With ``path`` the value names a file
+    or folder, and is made absolute before it is written into a run's directory.
     """
-    meta = {"help": help, "min": min, "max": max, "above": above, "choices": choices}
+    meta = {"help": help, "min": min, "max": max, "above": above, "choices": choices, "path": path}
     meta = {k: v for k, v in meta.items() if v is not None}
     if isinstance(default, (list, dict)):
         return field(default_factory=lambda: default.copy(), metadata=meta)

@@ -43,6 +43,7 @@ def describe(config: RunConfig) -> str:
         f"  {t.name:<{width}}  {'holdout':>13}  {len(t.eval):>6} eval  {'':>12}  {t.metric}" for t in tasks.holdout
     ]
     lines.append(f"  {sum(counts)} optimiser steps of {config.train.batch_size} examples")
+    lines += [f"  {note}" for note in engine.notes()]
     return "\n".join([*lines, *_memory(config, tasks, engine.device)])
 
 

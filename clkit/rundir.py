@@ -38,6 +38,7 @@ _OWN = (
     "tensorboard",
     "wandb",
     "mlruns",
+    "noisy_steps.txt",
     "report.html",
     "report_figures",
     "export",
@@ -55,7 +56,8 @@ class RunDirectory:
 
     ``config.yaml`` resolved configuration; ``run.json`` versions, git revision, data and model hashes; ``status.json``;
     ``events.jsonl``; ``matrix.json``; ``metrics.json``; ``further.json`` further matrices; ``answer_styles.jsonl``
-    converted training records; ``samples.json`` what the model answered to a few records; ``checkpoints/``;
+    converted training records; ``samples.json`` what the model answered to a few records; ``noisy_steps.txt``
+    what a private engine spent; ``checkpoints/``;
     ``export/``; ``report.html`` and ``report_figures/``; ``tracking.json``, ``tensorboard/``, ``wandb/`` and
     ``mlruns/`` of the trackers that are on.
     """

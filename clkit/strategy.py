@@ -135,6 +135,13 @@ class Strategy(ABC):
         """Problems between options, found before anything is loaded; ``where`` is ``strategy.<key>``."""
         return []
 
+    def admit(self) -> None:
+        """Refuse a run before weights are loaded; of :attr:`run` there are only ``tasks`` and ``config`` yet.
+
+        Raises:
+            ConfigError: something outside the configuration is missing, such as a run to start from.
+        """
+
     # --- set-up -----------------------------------------------------------------------------------------------------
     def setup(self, run: RunContext) -> None:
         """Attach adapters, build heads, declare what is trained. Called once per process, also before a resume.
@@ -203,7 +210,7 @@ class Strategy(ABC):
 
     def train_loader(self, task: Task) -> Iterable[Batch]:
         """Batches, one per optimiser step, from the current position on; rehearsal is mixed in here."""
-        return self.step_loader()
+        return self.run.engine.batches(self)
 
     def step_loader(self) -> StepLoader:
         """The default loader of the current stage."""
@@ -229,6 +236,13 @@ class Strategy(ABC):
     def loss(self, batch: Batch) -> Losses:
         """Loss terms on a batch that is on the device, under autocast."""
         return {"cross_entropy": self.run.model.loss(batch)}
+
+    def example_losses(self, batch: Batch) -> Tensor:
+        """(B,) the loss of each example by itself, for an engine that clips the gradient of each.
+
+        No example's may depend on another's, not even through a count; a strategy whose loss does can't run there.
+        """
+        return self.run.model.example_losses(batch)
 
     def units(self, batch: Batch) -> dict[str, float]:
         """How many units each term of :meth:`loss` is a mean over, known without a forward pass.
@@ -318,6 +332,12 @@ class Strategy(ABC):
         """Inverse of :meth:`state_dict`, called after :meth:`setup` and before the module's state is loaded."""
         if self.buffer is not None:
             self.buffer.load_state_dict(state["buffer"])
+
+
+def total_loss(losses: Losses) -> Tensor:
+    """The sum of the terms."""
+    values = list(losses.values())
+    return values[0] if len(values) == 1 else torch.stack(values).sum()
 
 
 def one_pass(strategy: Strategy, train: TrainConfig, stage: int) -> TrainConfig:

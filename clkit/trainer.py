@@ -31,7 +31,7 @@ from clkit.engine.local import LocalEngine
 from clkit.errors import NumericalError
 from clkit.evaluation.base import Score, evaluate_all
 from clkit.files import disk_errors
-from clkit.loader import Encodings, split_batch
+from clkit.loader import Encodings
 from clkit.loop import StepLoop
 from clkit.models.base import Model
 from clkit.observe import Observer
@@ -43,7 +43,7 @@ from clkit.rng import Streams
 from clkit.rundir import RunDirectory
 from clkit.scores import Scores
 from clkit.signals import Interrupted, stop_on_signal
-from clkit.strategy import Position, RunContext, Strategy
+from clkit.strategy import Position, RunContext, Strategy, total_loss
 from clkit.tasks.augment import augmented
 from clkit.tasks.base import Task, TaskSequence
 from clkit.tasks.batch import Batch
@@ -161,6 +161,7 @@ class SequentialTrainer:
         saved = self.store.load() if self.store is not None else None
         if kept is not None:
             kept.open_events(saved["events"] if saved else 0)
+            self.engine.record_in(kept)
         if saved:
             self._restore(saved)
         self.observer.begin(tasks, self.scores, resumed=bool(saved))
@@ -198,17 +199,16 @@ class SequentialTrainer:
     def _step(self, batch: Batch, task: Task) -> dict[str, torch.Tensor]:
         """One optimiser step; returns the detached loss terms."""
         strategy, engine = self.strategy, self.engine
-        parts = split_batch(batch, self.config.train.micro_batch)
+        parts = engine.parts(batch, self.config.train.micro_batch)
         shares = self._shares(parts) if len(parts) > 1 else [{}]
         sums: dict[str, torch.Tensor] = {}
         for part, share in zip(parts, shares, strict=True):
             part = augmented(part.to(engine.device), self.config.train.augment, self.run.streams)
             with engine.autocast():
-                terms = strategy.loss(part)
+                terms = engine.losses(strategy, part)
                 if share:
                     terms = {k: v * share.get(k, share["*"]) for k, v in terms.items()}
-                values = list(terms.values())
-                total = values[0] if len(values) == 1 else torch.stack(values).sum()
+                total = total_loss(terms)
             for name, value in terms.items():
                 sums[name] = sums[name] + value.detach() if name in sums else value.detach()
             if not math.isfinite(total.detach()):
@@ -227,7 +227,7 @@ class SequentialTrainer:
 
     def _shares(self, parts: list[Batch]) -> list[dict[str, float]]:
         """Each micro-batch's part of every loss term, so that the sum is the mean over the whole batch."""
-        units = [{"*": float(part.num_targets), **self.strategy.units(part)} for part in parts]
+        units = [self.engine.units(self.strategy, part) for part in parts]
         totals = {k: sum(u[k] for u in units) for k in units[0]}
         return [{k: u[k] / totals[k] if totals[k] else 0.0 for k in u} for u in units]
 
@@ -250,7 +250,7 @@ class SequentialTrainer:
         if self._previous is None:
             return False
         with torch.no_grad(), self.engine.autocast():
-            terms = self.strategy.loss(self._previous.to(self.engine.device))
+            terms = self.engine.losses(self.strategy, self._previous.to(self.engine.device))
         return not all(math.isfinite(value) for value in terms.values())
 
     # --- scoring ----------------------------------------------------------------------------------------------------
@@ -392,6 +392,7 @@ class SequentialTrainer:
         )
 
     def _finish(self) -> RunResult:
+        self.engine.finish()
         result = self._result()
         if self.directory is not None and self.engine.is_main:
             result.snippet = self.export(self.directory.path / "export")

@@ -10,7 +10,7 @@ from clkit.strategy import Capabilities, Strategy
 class Joint(Strategy):
     """Trains once, on the union of all tasks; only the last row of R is measured."""
 
-    capabilities = Capabilities(causal=True)
+    capabilities = Capabilities(causal=True, engines=frozenset({"local", "private"}))
 
     def training_set(self, stage: int) -> Sequence[int]:
         """Everything at the last stage, nothing before."""

@@ -8,4 +8,4 @@ from clkit.strategy import Capabilities, Strategy
 class Naive(Strategy):
     """Learns each task in turn and nothing else. With ``strategy.replay.size`` it rehearses."""
 
-    capabilities = Capabilities(causal=True)
+    capabilities = Capabilities(causal=True, engines=frozenset({"local", "private"}))

@@ -9,6 +9,7 @@ Every figure is an upper bound. The Gaussian (CLT) accountant is left out on pur
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 from clkit.errors import ConfigError, Problem
@@ -18,6 +19,17 @@ Accountant = Literal["prv", "rdp"]
 # Grid of the privacy loss distribution of a group. The bound is safe at any grid. At sigma 1.04, q .004, 2500 steps and
 # 1 to 20 units, 1e-3 is within 0.3 % of 1e-4, the library's default, which takes minutes; 1e-2 is up to 25 % too high.
 _GRID = 1e-3
+
+# As Opacus does for one stage: how near to the wanted epsilon is near enough, and where it stops looking.
+_NEAR, _MOST_NOISE = 0.01, 1e6
+
+
+class Noisy(NamedTuple):
+    """Noisy steps of one kind; what was spent is a list of them, and its order does not matter."""
+
+    noise_multiplier: float
+    sampling_rate: float
+    steps: int
 
 
 class Group(NamedTuple):
@@ -42,15 +54,26 @@ def epsilon(
     Raises:
         ConfigError: an argument is out of its range.
     """
-    _check(noise_multiplier, sampling_rate, steps, delta, accountant)
-    if steps == 0:
+    return epsilon_of([Noisy(noise_multiplier, sampling_rate, steps)], delta, accountant)
+
+
+def epsilon_of(spent: Sequence[Noisy], delta: float, accountant: Accountant = "prv") -> float:
+    """Epsilon of one unit after all that was spent, as if it had been in the data of every step.
+
+    Raises:
+        ConfigError: a number is out of its range.
+    """
+    for noisy in spent:
+        _check(*noisy, delta, accountant)
+    taken = [noisy for noisy in spent if noisy.steps]
+    if not taken:
         return 0.0
-    if noise_multiplier == 0:
+    if any(noisy.noise_multiplier == 0 for noisy in taken):
         return math.inf
     from opacus.accountants import create_accountant
 
     made: Any = create_accountant(accountant)
-    made.history = [(noise_multiplier, sampling_rate, steps)]
+    made.history = [tuple(noisy) for noisy in taken]
     return float(made.get_epsilon(delta=delta))
 
 
@@ -64,12 +87,23 @@ def group_epsilon(noise_multiplier: float, sampling_rate: float, steps: int, del
     Raises:
         ConfigError: an argument is out of its range, or ``dp-accounting`` is not installed.
     """
-    _check(noise_multiplier, sampling_rate, steps, delta, "prv")
+    return group_epsilon_of([Noisy(noise_multiplier, sampling_rate, steps)], delta, units)
+
+
+def group_epsilon_of(spent: Sequence[Noisy], delta: float, units: int) -> float:
+    """:func:`group_epsilon` after all that was spent.
+
+    Raises:
+        ConfigError: a number is out of its range, or ``dp-accounting`` is not installed.
+    """
+    for noisy in spent:
+        _check(*noisy, delta, "prv")
     if units < 0:
         raise ConfigError(f"units: must be at least 0, got {units}")
-    if steps == 0 or units == 0:
+    taken = [noisy for noisy in spent if noisy.steps]
+    if not taken or units == 0:
         return 0.0
-    if noise_multiplier == 0:
+    if any(noisy.noise_multiplier == 0 for noisy in taken):
         return math.inf
     try:
         from dp_accounting.pld import privacy_loss_distribution
@@ -78,11 +112,14 @@ def group_epsilon(noise_multiplier: float, sampling_rate: float, steps: int, del
     from scipy import stats
 
     drawn = range(units + 1)
-    weights = stats.binom(units, sampling_rate).pmf(list(drawn))
-    loss = privacy_loss_distribution.from_mixture_gaussian_mechanism(
-        noise_multiplier, [float(n) for n in drawn], weights.tolist(), value_discretization_interval=_GRID
-    )
-    return float(loss.self_compose(steps).get_epsilon_for_delta(delta))
+    total: Any = None
+    for sigma, rate, steps in taken:
+        weights = stats.binom(units, rate).pmf(list(drawn))
+        loss = privacy_loss_distribution.from_mixture_gaussian_mechanism(
+            sigma, [float(n) for n in drawn], weights.tolist(), value_discretization_interval=_GRID
+        ).self_compose(steps)
+        total = loss if total is None else total.compose(loss)
+    return float(total.get_epsilon_for_delta(delta))
 
 
 def naive_group(epsilon: float, delta: float, units: int) -> Group:
@@ -132,6 +169,30 @@ def find_sigma(
             f"target_epsilon: by the accountant {accountant} no noise reaches {target_epsilon} at delta {delta} over "
             f"{steps} steps at sampling rate {sampling_rate}. Raise target_epsilon or delta{other}."
         ) from error
+
+
+def sigma_for(
+    target_epsilon: float, stages: Sequence[tuple[float, int]], delta: float, accountant: Accountant = "prv"
+) -> float:
+    """As :func:`find_sigma` for several stages, each with its sampling rate and steps, under one noise multiplier."""
+    stages = [stage for stage in stages if stage[1]]
+    alone = [find_sigma(target_epsilon, rate, steps, delta, accountant) for rate, steps in stages]
+    if len(alone) < 2:
+        return alone[0] if alone else find_sigma(target_epsilon, 1.0, 0, delta, accountant)
+
+    def spent(sigma: float) -> float:
+        return epsilon_of([Noisy(sigma, rate, steps) for rate, steps in stages], delta, accountant)
+
+    # Each stage needs its own; all together need at most as if the variances of the noise were shared out.
+    low, high = max(alone), math.sqrt(sum(sigma**2 for sigma in alone))
+    while spent(high) > target_epsilon:
+        low, high = high, 2 * high
+        if high > _MOST_NOISE:
+            raise ConfigError(f"target_epsilon: by the accountant {accountant} no noise reaches {target_epsilon}")
+    while target_epsilon - spent(high) > _NEAR and high - low > 1e-3:
+        middle = (low + high) / 2
+        low, high = (middle, high) if spent(middle) > target_epsilon else (low, middle)
+    return high
 
 
 def _check(noise_multiplier: float, sampling_rate: float, steps: int, delta: float, accountant: str) -> None:

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from clkit.config import EngineConfig, TrainConfig
 from clkit.engine.group import Group
+from clkit.loader import split_batch
 from clkit.models.base import Model
+from clkit.tasks.batch import Batch
+
+if TYPE_CHECKING:
+    from clkit.rundir import RunDirectory
+    from clkit.strategy import Strategy
 
 
 class Engine(ABC):
@@ -36,9 +42,27 @@ class Engine(ABC):
         """True on the one process that writes files."""
         return self.group.rank == 0
 
+    # --- the run ----------------------------------------------------------------------------------------------------
+    def admit(self, strategy: Strategy) -> None:
+        """Refuse a run that this engine can't do; of ``strategy.run`` there are only ``tasks`` and ``config`` yet.
+
+        Raises:
+            CapabilityError, ConfigError: with everything that is in the way, before weights are loaded.
+        """
+
+    def notes(self) -> list[str]:
+        """What to know about the run that was admitted, a line each."""
+        return []
+
     @abstractmethod
     def prepare(self, model: Model) -> None:
         """Put the model where it will run."""
+
+    def record_in(self, directory: RunDirectory) -> None:
+        """Where the engine may write what it has to; called on the main process, before a checkpoint is restored."""
+
+    def finish(self) -> None:
+        """All tasks are learned; nothing is trained any more."""
 
     @abstractmethod
     def start(
@@ -55,6 +79,23 @@ class Engine(ABC):
         With ``keep_moments`` parameters that were trained before keep their moments; with ``keep_schedule`` the
         schedule goes on from the step it has reached.
         """
+
+    # --- one step ---------------------------------------------------------------------------------------------------
+    def batches(self, strategy: Strategy) -> Iterable[Batch]:
+        """The batches of the current stage from the current position on, one per optimiser step."""
+        return strategy.step_loader()
+
+    def parts(self, batch: Batch, size: int) -> list[Batch]:
+        """The batch in the pieces that go through the module together; ``size`` is the most rows, 0 = all at once."""
+        return split_batch(batch, size)
+
+    def losses(self, strategy: Strategy, part: Batch) -> dict[str, Tensor]:
+        """The loss terms of a piece, by name."""
+        return strategy.loss(part)
+
+    def units(self, strategy: Strategy, part: Batch) -> dict[str, float]:
+        """How many units each term of :meth:`losses` is a mean over; ``*`` stands for the terms not named."""
+        return {"*": float(part.num_targets), **strategy.units(part)}
 
     @abstractmethod
     def autocast(self) -> AbstractContextManager[Any]:

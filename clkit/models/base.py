@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clkit.cache import RowCache
 from clkit.errors import CapabilityError
+from clkit.models.precision import at_least_float32
 from clkit.tasks.base import Examples, Kind
 from clkit.tasks.batch import Batch, Encoded
 
@@ -60,6 +62,13 @@ class Model(ABC):
     @abstractmethod
     def loss(self, batch: Batch, logits: Tensor | None = None) -> Tensor:
         """Mean cross entropy over the batch's targets, computed in float32."""
+
+    def example_losses(self, batch: Batch) -> Tensor:
+        """(B,) the mean cross entropy over each example's own targets, at least in float32; 0 for one without any."""
+        scores, targets = at_least_float32(self.logits(batch)), self.targets(batch)
+        each = F.cross_entropy(scores.flatten(0, -2), targets.flatten(), ignore_index=-100, reduction="none")
+        each = each.view(len(targets), -1)
+        return each.sum(dim=1) / (targets != -100).view(len(targets), -1).sum(dim=1).clamp(min=1)
 
     def features(self, batch: Batch) -> Tensor:
         """One vector per example, what the classification head reads: (B, D).

@@ -128,6 +128,7 @@ def markdown(content: dict[str, Any]) -> str:
         f"(counted in training and evaluation sets; forgotten by earlier requests included).",
         "",
         f"Method **{content['method']['name']}**: {content['method']['what']}. {content['method']['guarantee']}",
+        *_figures(content["guarantee"]),
         "",
         f"Near-duplicates in the kept data: {content['near_duplicates']['found']}; "
         f"{content['near_duplicates']['decision']}.",
@@ -141,10 +142,21 @@ def markdown(content: dict[str, Any]) -> str:
         "",
         "Not claimed:",
         "",
-        *(f"- {line}" for line in content["not_claimed"]),
+        *(f"- {line}" for line in [*content["not_claimed"], *(content["guarantee"] or {}).get("not_claimed", ())]),
         "",
     ]
     return "\n".join(lines)
+
+
+def _figures(guarantee: dict[str, Any] | None) -> list[str]:
+    """The figures of a guarantee as a table, and what it assumes."""
+    if guarantee is None:
+        return []
+    rows = {k: v for k, v in guarantee.items() if k not in ("assumptions", "not_claimed", "rests_on", "compared_with")}
+    table = [f"| {name.replace('_', ' ')} | {json.dumps(value)} |" for name, value in rows.items()]
+    return ["", "| guarantee | |", "|---|---|", *table, "", "It assumes:", ""] + [
+        f"- {line}" for line in guarantee.get("assumptions", ())
+    ]
 
 
 def verify(path: Path, signed_by: str | None = None) -> list[Finding]:
@@ -180,11 +192,22 @@ def verify(path: Path, signed_by: str | None = None) -> list[Finding]:
         now = run_files(folder / content["new_run"]["path"])
         changed = sorted({*now.items()} ^ {*content["new_run"]["files"].items()})
         found.append(Finding("new_run_files", not changed, {"changed": sorted({name for name, _ in changed})}))
+        found += _rests_on(folder / content["superseded"]["path"], content["guarantee"])
         found.append(Finding("gates", all(f["passed"] is True for f in content["verification"])))
     except (OSError, ValueError, KeyError, TypeError) as error:
         found.append(Finding("readable", False, {"error": type(error).__name__}))
     found.append(Finding("ledger", _in_ledger(folder.parent, content)))
     return found
+
+
+def _rests_on(superseded: Path, guarantee: dict[str, Any] | None) -> list[Finding]:
+    """Whether the run that a guarantee rests on is what it was; its path is seen from the superseded run's."""
+    rests_on = (guarantee or {}).get("rests_on")
+    if rests_on is None:
+        return []
+    now, then = run_files(superseded / rests_on["path"]), rests_on["files"]
+    changed = sorted({name for name, _ in {*now.items()} ^ {*then.items()}})
+    return [Finding("rests_on", not changed, {"changed": changed})]
 
 
 def _in_ledger(folder: Path, content: dict[str, Any]) -> bool:

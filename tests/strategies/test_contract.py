@@ -23,13 +23,24 @@ CASES = [
 
 
 @pytest.fixture
-def content(request, world):
-    return request.getfixturevalue(WORLDS[world])
+def content(request, name, world):
+    content = request.getfixturevalue(WORLDS[world])
+    return {**content, "strategy": {"name": name, **OPTIONS.get(name, lambda content: {})(content)}}
 
 
-def with_replay(content, name):
+def protected_base(content):
+    """What a strategy needs that starts from a privately trained run."""
+    engine = {"name": "private", "noise_multiplier": 1.0, "accountant": "rdp", "device": "cpu"}
+    config = resolve.validate({**content, "engine": engine, "output_dir": content["output_dir"] + "-base"})
+    return {"base": str(api.run(config).run_dir)}
+
+
+OPTIONS = {"dp2unlearning": protected_base}
+
+
+def with_replay(content):
     """Every strategy is also run with rehearsal under it."""
-    return {**content, "strategy": {"name": name, "replay": {"size": 10, "policy": "class-balanced"}}}
+    return {**content, "strategy": {**content["strategy"], "replay": {"size": 10, "policy": "class-balanced"}}}
 
 
 class Cut(Exception):
@@ -59,7 +70,7 @@ def weights(run_dir):
 
 @pytest.mark.parametrize(("name", "world"), CASES)
 def test_it_trains_and_measures_what_its_definition_says(name, world, content):
-    result = api.run(resolve.validate({**content, "strategy": name}))
+    result = api.run(resolve.validate(content))
     count = len(result.tasks)
     trained = [s for s in range(count) if not np.isnan(result.matrix[s]).all()]
     assert trained[-1] == count - 1
@@ -70,8 +81,8 @@ def test_it_trains_and_measures_what_its_definition_says(name, world, content):
 
 @pytest.mark.parametrize(("name", "world"), CASES)
 def test_a_run_that_is_cut_at_any_step_ends_bit_identically(name, world, content, tmp_path, monkeypatch):
-    whole = api.run(resolve.validate({**with_replay(content, name), "output_dir": str(tmp_path / "whole")}))
-    config = resolve.validate({**with_replay(content, name), "output_dir": str(tmp_path / "cut")})
+    whole = api.run(resolve.validate({**with_replay(content), "output_dir": str(tmp_path / "whole")}))
+    config = resolve.validate({**with_replay(content), "output_dir": str(tmp_path / "cut")})
     for steps in (1, 3, 4, 3, 2):
         with monkeypatch.context() as patch:
             cut_after(patch, steps)
@@ -93,7 +104,7 @@ def test_a_run_that_is_cut_at_any_step_ends_bit_identically(name, world, content
 
 @pytest.mark.parametrize(("name", "world"), CASES)
 def test_its_state_survives_packing_into_json_and_tensors(name, world, content):
-    config = resolve.validate(with_replay(content, name))
+    config = resolve.validate(with_replay(content))
     tasks = build.make_tasks(config)
 
     def trainer():
@@ -113,7 +124,7 @@ def test_its_state_survives_packing_into_json_and_tensors(name, world, content):
 
 @pytest.mark.parametrize(("name", "world"), CASES)
 def test_what_it_exports_loads_without_a_run_and_scores_the_same(name, world, content):
-    result = api.run(resolve.validate({**content, "strategy": name}))
+    result = api.run(resolve.validate(content))
     tasks = build.make_tasks(resolve.validate(content))
     if world == "text":
         names: dict = {}

@@ -74,7 +74,7 @@ def test_features_of_forgotten_inputs_are_listed_and_purged(tmp_path, digit_ids,
     capsys.readouterr()
     assert unlearn(run_dir, write(request({"record_ids": digit_ids[:2]})), "--purge") == 0
     superseded = certificate(run_dir)[0]["superseded"]
-    assert superseded["still_there"] == ["checkpoints", "export"]
+    assert superseded["still_there"] == ["checkpoints", "export", "samples.json", "report.html"]
     assert superseded["other_runs_begun_before"] == [other.name]
     listed = {computed / name for name in superseded["cached_features"]}
     assert listed and listed < before, "those of the second task, and no more"

@@ -169,7 +169,7 @@ def test_a_gate_that_raises_and_training_on_other_data_fail_closed(digits_run, d
 def test_purge_deletes_the_superseded_weights_after_the_certificate_lists_them(digits_run, digit_ids, write):
     assert unlearn(digits_run, write(request({"record_ids": digit_ids[:2]})), "--purge") == 0
     path, content = certificate(digits_run)
-    assert content["superseded"]["still_there"] == ["checkpoints", "export"]
+    assert content["superseded"]["still_there"] == ["checkpoints", "export", "samples.json", "report.html"]
     assert not (digits_run / "export").exists() and not (digits_run / "checkpoints").exists()
     assert main(["unlearn", "--verify", str(path)]) == 0
 

@@ -1,0 +1,1 @@
+"""DP2Unlearning: keep a protected base model; deletion then costs one ordinary fine-tuning of it."""

@@ -1,0 +1,140 @@
+"""Serving a deletion request by fine-tuning the protected base again, and what that guarantees."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from clkit.engine.guarantee import statement
+from clkit.errors import ClkitError, Problem
+from clkit.progress import Progress
+from clkit.strategies.dp2unlearning import rewritten
+from clkit.strategies.dp2unlearning.base import ProtectedBase, digest, open_base
+from clkit.unlearning.case import Case, Source, open_source
+from clkit.unlearning.certificate import run_files
+from clkit.unlearning.methods import Cost, Method, training_cost
+from clkit.unlearning.records import Place, Record
+from clkit.unlearning.tombstones import in_force
+
+COMPARED_WITH = (
+    "the same two phases run without the forgotten units: protected training, then fine-tuning on the retained "
+    "records; not with retraining from the pretrained model, and not with the pretrained model"
+)
+ASSUMPTIONS = (
+    "the fine-tuning read nothing but the protected base and the retained records",
+    "the choice of options, of the base and of what is retained does not depend on what the forgotten records say",
+)
+NOT_CLAIMED = (
+    "anything about the superseded model, which was fine-tuned on the forgotten records without noise",
+    "protection of a requester who chose records after seeing models trained on them (adaptive requests)",
+)
+
+
+class DP2Unlearning(Method):
+    """Restart from the protected base, on the retained records."""
+
+    name = "dp2unlearning"
+    what = "the protected base that the run was deployed from, fine-tuned again on the retained records"
+
+    def check(self, case: Case) -> list[Problem]:
+        """The run must have been deployed from a protected base that is still there, with data that are known."""
+        if case.config.strategy.name != "dp2unlearning":
+            what = (
+                f"the run's strategy is {case.config.strategy.name}; only a run deployed with dp2unlearning has a base"
+            )
+            return [Problem("strategy", what)]
+        try:
+            base, source = _opened(case)
+            base.weights()
+            _bound(case, base, source)
+        except ClkitError as error:
+            return [Problem("", str(error))]
+        return []
+
+    def plan(self, case: Case) -> Cost:
+        """One fine-tuning; the protected base is there already."""
+        return training_cost(case.config, case.retained)
+
+    def guarantee(self, case: Case) -> str:
+        """The bound for this request's units, tight and naive."""
+        return sentence(self.figures(case))
+
+    def figures(self, case: Case) -> dict[str, Any]:
+        """What the protected base's training guarantees about the units that are forgotten of it."""
+        base, source = _opened(case)
+        found = _bound(case, base, source)
+        path = os.path.relpath(base.path.absolute(), case.source.path.absolute())
+        return found | {
+            "compared_with": COMPARED_WITH,
+            "assumptions": [*found["assumptions"], *ASSUMPTIONS],
+            "not_claimed": [*found["not_claimed"], *NOT_CLAIMED],
+            "rests_on": {"path": path, "weights": digest(base.weights()), "files": run_files(base.path)},
+        }
+
+    def run(self, case: Case, directory: Path) -> Path:
+        """The deployed run once more, without the records; its strategy starts from the base."""
+        from clkit import api
+
+        api.run(dataclasses.replace(case.config, output_dir=str(directory)), progress=Progress(enabled=False))
+        return directory
+
+
+def _opened(case: Case) -> tuple[ProtectedBase, Source]:
+    base = open_base(Path(case.config.strategy.config.base))
+    return base, open_source(base.path)
+
+
+def _bound(case: Case, base: ProtectedBase, source: Source) -> dict[str, Any]:
+    """The statement about what is forgotten of the base's data."""
+    if base.rewriting is None:
+        return statement(base.privacy, forgotten_units(case, base, source))
+    gone = _gone(case, base, source)
+    return rewritten.statement(base.rewriting, [r.id for r in _trained(source) if r.place in gone])
+
+
+def _trained(source: Source) -> list[Record]:
+    names = {task.name for task in source.tasks}
+    return [r for r in source.known if r.place.part == "train" and r.place.task in names]
+
+
+def forgotten_units(case: Case, base: ProtectedBase, source: Source) -> int:
+    """How many units of the base's training data are out, by this request and all before it.
+
+    A subject of which only a part is out was replaced by a smaller one: it counts twice, as one removed and one added.
+    """
+    gone = _gone(case, base, source)
+    trained = _trained(source)
+    if base.privacy["unit"] == "record":
+        return sum(r.place in gone for r in trained)
+    whole = Counter(r.fields.get("subject") for r in trained)
+    out = Counter(r.fields.get("subject") for r in trained if r.place in gone)
+    return sum(1 if out[subject] == whole[subject] else 2 for subject in out)
+
+
+def _gone(case: Case, base: ProtectedBase, source: Source) -> set[Place]:
+    """Where in the base's data the forgotten records stand: by id or by content, as tombstones have it."""
+    forgotten = [r for r in case.source.known if r.place in case.gone]
+    ids, contents = {r.id for r in forgotten}, {r.content for r in forgotten}
+    named = {r.place for r in source.known if r.id in ids or r.content in contents}
+    return named | in_force(case.source.path).places(source.tasks) | in_force(base.path).places(source.tasks)
+
+
+def sentence(figures: dict[str, Any]) -> str:
+    """The guarantee in words."""
+    if figures["void"]:
+        return f"No guarantee: {figures['void']}."
+    group, unit = figures["group"], figures["unit"]
+    tight, naive = group["tight"]["epsilon"], group["naive"]
+    loose = "delta above 1" if naive["delta"] is None else f"delta {naive['delta']:.1e}"
+    bound = "more than any number" if tight is None else f"{tight:.3g}"
+    return (
+        f"By ({figures['epsilon']:.3g}, {figures['delta']:.1e})-DP of one {unit}, the {group['units']} {unit}s taken "
+        f"out change the chance of any outcome by at most a factor e^epsilon with epsilon {bound} at the same delta "
+        f"(naively {naive['epsilon']:.3g} at {loose}), compared with {COMPARED_WITH}."
+    )
+
+
+__all__ = ["DP2Unlearning", "forgotten_units", "sentence"]
