@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
@@ -79,17 +80,23 @@ def test_log_probabilities_are_those_of_the_answers_tokens_without_the_end(peopl
 
 
 def test_a_model_that_still_has_the_records_is_told_from_one_that_never_had_them(people_content, tmp_path):
+    draws = np.random.default_rng(0)
+    rows = [{"prompt": f"code {i}?", "answer": "".join(draws.choice(list("abcdefgh"), 6))} for i in range(40)]
+    file = tmp_path / "codes.jsonl"
+    file.write_text("".join(json.dumps(r) + "\n" for r in rows))
     content = {
         **people_content,
         "model": {**people_content["model"], "lora": {"r": 0}},
-        "train": {"epochs": 40, "batch_size": 4, "learning_rate": 0.01},
+        "tasks": {**people_content["tasks"], "tasks": [str(file)], "eval_fraction": 0.4},
+        "train": {"epochs": 60, "batch_size": 8, "learning_rate": 0.01},
     }
     run_dir = run(content, tmp_path)
     with api.open_run(run_dir) as trainer:
-        learned = list(trainer.tasks)
-    figures = attacks.membership(attacks.measure(run_dir, learned))
-    assert figures["n"] == [8, 4] and attacks.leaks(figures, 0.6), figures
-    unlearned = [dataclasses.replace(learned[0], train=learned[0].eval)]
+        task = trainer.tasks[0]
+    figures = attacks.membership(attacks.measure(run_dir, [task]))
+    assert figures["n"] == [24, 16] and attacks.leaks(figures, 0.6), figures
+    never = dataclasses.replace(task, train=task.eval.subset(range(8)))
+    figures = attacks.membership(attacks.measure(run_dir, [never]))
+    assert figures["n"] == [8, 8] and not attacks.leaks(figures, 0.6), figures
     with pytest.raises(VerificationError, match="no forgotten training records"):
-        attacks.measure(run_dir, [dataclasses.replace(learned[0], train=learned[0].train.subset([]))])
-    assert not attacks.leaks(attacks.membership(attacks.measure(run_dir, unlearned)), 0.6)
+        attacks.measure(run_dir, [dataclasses.replace(task, train=task.train.subset([]))])
