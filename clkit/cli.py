@@ -270,7 +270,7 @@ def _export(arguments: Any) -> None:
     import tempfile
 
     from clkit import api
-    from clkit.hub import push
+    from clkit.models.hub import push
 
     if arguments.target is None and arguments.push_to_hub is None:
         raise ConfigError("clkit export: give a new directory, --push-to-hub NAME, or both")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import sys
 import time
 from collections.abc import Sequence
@@ -110,10 +109,14 @@ class Observer:
         self._trackers = []
 
 
-def peak_memory(device: torch.device) -> int:
-    """Most bytes in use so far: of the GPU's memory, else of the process."""
+def peak_memory(device: torch.device) -> int | None:
+    """Most bytes in use so far: of the GPU's memory, else of the process; None where it can't be told."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
+    if sys.platform == "win32":
+        return None
+    import resource
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak
 

@@ -1,4 +1,4 @@
-"""The Hugging Face hub: safetensors only, and a quick, plain failure where it can't be reached."""
+"""The Hugging Face hub: fetch safetensors only, upload exports; a quick, plain failure where it can't be reached."""
 
 from __future__ import annotations
 
@@ -71,6 +71,33 @@ def cached_config(hub_id: str) -> Path | None:
 
     found = try_to_load_from_cache(hub_id, "config.json")
     return Path(found).parent if isinstance(found, str) else None
+
+
+def push(directory: Path, name: str, *, public: bool = False) -> str:
+    """Upload a directory as a model repository, which is made when it is not there; returns its address.
+
+    The token is the one of ``hf auth login`` or HF_TOKEN; the hub is HF_ENDPOINT, by default huggingface.co.
+
+    Args:
+        directory: an export.
+        name: ``user/repository``.
+        public: make a new repository public.
+
+    Raises:
+        ModelError: the hub refused, or can't be reached.
+    """
+    from huggingface_hub import HfApi
+
+    api = HfApi(endpoint=os.environ.get("HF_ENDPOINT"))
+    try:
+        address = api.create_repo(name, private=not public, exist_ok=True)
+        api.upload_folder(repo_id=name, folder_path=directory, commit_message="Export by clkit")
+    except _errors() as error:
+        raise ModelError(
+            f"--push-to-hub {name}: not uploaded ({_first_line(error)}). Check the name (user/repository), the network and "
+            "the token (`hf auth login`, or HF_TOKEN)."
+        ) from error
+    return str(address)
 
 
 def _errors() -> tuple[type[Exception], ...]:

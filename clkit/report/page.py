@@ -104,6 +104,8 @@ def _environment() -> Environment:
 
 def _title(results: Sequence[RunResult], edits: Sequence[Edits]) -> str:
     names = [r.name for r in results] + [str(e.path.name) for e in edits]
+    if not names:
+        return "A run that has not begun"
     return " / ".join(names) if len(names) <= 4 else f"{len(names)} runs"
 
 

@@ -1,0 +1,69 @@
+"""The site is built without a warning, and everything public is in it."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import clkit
+from clkit.config import RunConfig
+from clkit.evaluation import SCORERS
+from clkit.metrics.continual import DEFINITIONS
+from clkit.registry import STRATEGIES
+from clkit.tasks import SOURCES
+
+pytest.importorskip("mkdocs", reason="the site needs mkdocs-material: pip install 'clkit[docs]'")
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return folder
+
+
+def text(site: Path, page: str) -> str:
+    return (site / page / "index.html").read_text()
+
+
+def test_every_public_name_has_its_docstring_on_the_python_page(site):
+    page = text(site, "reference/python")
+    for name in clkit.__all__:
+        thing = getattr(clkit, name)
+        assert (thing.__doc__ or "").strip(), f"clkit.{name} has no docstring"
+        assert f"clkit.{name}" in page, name
+
+
+def test_every_option_is_on_the_options_page(site):
+    page = text(site, "reference/options")
+    plugins = [("strategy", STRATEGIES), ("tasks", SOURCES)]
+    for registry in (STRATEGIES, SOURCES):
+        for name in registry.names():
+            assert f'id="{name}' in page, name
+    for cls, prefix in [
+        (RunConfig, ""),
+        *((r.get(n).config_class, f"{p}.") for p, r in plugins for n in r.names()),
+    ]:
+        for field in dataclasses.fields(cls):
+            assert f"{prefix}{field.name}" in page, (cls, field.name)
+            assert field.metadata.get("help") or prefix == "" or field.name == "replay", (cls, field.name)
+
+
+def test_every_metric_is_on_the_metrics_page(site):
+    page = text(site, "reference/metrics")
+    for name in [*DEFINITIONS, *SCORERS.names()]:
+        assert f"<code>{name}</code>" in page, name
+
+
+def test_every_strategy_is_named_on_a_page_of_its_own_kind(site):
+    pages = "".join(p.read_text() for p in (site / "strategies").rglob("index.html"))
+    pages += "".join(p.read_text() for p in (site / "methods").rglob("index.html"))
+    for name in STRATEGIES.names():
+        assert f"<code>{name}" in pages or f">{name}<" in pages or f"strategy={name}" in pages, name
