@@ -7,16 +7,18 @@ weights, for example). Everything here can be deleted at any time; it is compute
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import time
 import warnings
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -28,6 +30,7 @@ from clkit.tasks.batch import Encoded
 
 CHUNK = 4096  # rows in a file: what a killed process loses
 _STALE_SECONDS = 86_400
+_WAIT_SECONDS = 600.0
 
 
 class Rows(NamedTuple):
@@ -75,8 +78,9 @@ class RowCache:
     """Rows by recipe and name.
 
     A file is written under a temporary name and renamed; one that is truncated or changed is dropped with a warning and
-    its rows are computed again. Several processes may use one folder: each adds files of its own, and the worst that
-    can happen is that two compute the same rows.
+    its rows are computed again. Several processes may use one folder: rows that one is computing the others wait for (a
+    lock per recipe), and each adds files of its own. Where the disk has no locks, or one takes longer than ten minutes,
+    the worst that can happen is that two compute the same rows.
 
     Args:
         root: None keeps nothing on disk.
@@ -110,8 +114,11 @@ class RowCache:
         first = {name: i for i, name in reversed(list(enumerate(names)))}
         missing = sorted(i for name, i in first.items() if name not in shelf.index)
         for start in range(0, len(missing), CHUNK):
-            chunk = missing[start : start + CHUNK]
-            shelf.add([names[i] for i in chunk], compute(torch.tensor(chunk)), recipe)
+            with shelf.alone():
+                shelf.refresh()  # what another process added while this one waited
+                chunk = [i for i in missing[start : start + CHUNK] if names[i] not in shelf.index]
+                if chunk:
+                    shelf.add([names[i] for i in chunk], compute(torch.tensor(chunk)), recipe)
         return shelf.take(names)
 
 
@@ -152,6 +159,18 @@ class _Shelf:
                     path.unlink()
             except OSError:
                 continue  # another process was faster
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Within the context no other process computes rows of this recipe, where that can be had."""
+        lock = FileLock(self.directory / ".lock", timeout=_WAIT_SECONDS)
+        with contextlib.ExitStack() as held:
+            try:
+                self.directory.mkdir(parents=True, exist_ok=True)
+                held.enter_context(lock)
+            except (OSError, NotImplementedError, Timeout):
+                pass  # a disk without locks, or full; or the other one takes too long
+            yield
 
     def _read(self, path: Path) -> None:
         try:

@@ -11,13 +11,16 @@ from typing import Any
 from clkit.editing.cli import add_edit_command
 from clkit.errors import ClkitError, ConfigError
 from clkit.report.command import add_report_command
+from clkit.sweep.command import add_sweep_command
 
 _EXIT_INTERRUPTED = 130
 _LISTS = ("strategies", "tasks", "metrics", "models", "engines", "configs")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0 done, 2 the user can mend it, 3 a check failed, 130 interrupted."""
+    """Run one command; returns the exit code: 0 done, 2 the user can mend it, 3 a check or a run of a sweep failed, 130
+    interrupted.
+    """
     parser = _parser()
     arguments, rest = parser.parse_known_args(argv)
     if rest:  # argparse gives up on overrides that come after an option
@@ -64,6 +67,8 @@ def _parser() -> argparse.ArgumentParser:
     _config_arguments(run)
     run.add_argument("--fresh", action="store_true", help="delete an earlier run in the same directory first")
     run.add_argument("--quiet", action="store_true", help="print nothing but errors and the result")
+
+    add_sweep_command(commands, _add)
 
     validate = _add(
         commands,

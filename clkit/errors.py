@@ -60,6 +60,10 @@ class CheckpointError(ClkitError):
     """A run directory or a checkpoint can't be written, read or resumed."""
 
 
+class BusyError(CheckpointError):
+    """Another process works in the run directory; nothing was changed."""
+
+
 class CapabilityError(ClkitError):
     """A strategy was asked for something it does not support."""
 
@@ -70,6 +74,12 @@ class RequestError(ClkitError):
 
 class VerificationError(ClkitError):
     """A model, or a certificate, did not pass a check that it must pass."""
+
+    exit_code = 3
+
+
+class RunsFailed(ClkitError):
+    """Some runs of a sweep failed; the others are finished."""
 
     exit_code = 3
 

@@ -37,12 +37,15 @@ def collect(tasks: TaskSequence) -> dict[str, Any]:
         "versions": {"python": platform.python_version(), **{p: v for p in _PACKAGES if (v := _version(p))}},
         "platform": platform.platform(),
         "git": git_revision(Path.cwd()),
-        "data": {
-            t.name: {"train": t.train.fingerprint(), "eval": t.eval.fingerprint()} for t in (*tasks, *tasks.holdout)
-        },
+        "data": fingerprints(tasks),
         "files": {str(f): file_sha256(f) for f in tasks.files},
         **({"answer_styles": styles} if styles else {}),
     }
+
+
+def fingerprints(tasks: TaskSequence) -> dict[str, dict[str, str]]:
+    """Hashes of the training and the evaluation examples of every task."""
+    return {t.name: {"train": t.train.fingerprint(), "eval": t.eval.fingerprint()} for t in (*tasks, *tasks.holdout)}
 
 
 def answer_styles(tasks: Iterable[Task]) -> list[dict[str, str]]:

@@ -28,6 +28,8 @@ _PLUGINS: dict[str, tuple[str, Registry[Any], str]] = {
     "strategy": ("name", STRATEGIES, "naive"),
     "engine": ("name", ENGINES, "local"),
 }
+T = typing.TypeVar("T")
+_MISSING = object()
 _SHORT = {section: key for section, (key, _, _) in _PLUGINS.items()} | {"model": "name"}
 
 
@@ -78,8 +80,22 @@ def read_file(path: Path) -> dict[str, Any]:
     return typing.cast(dict[str, Any], content)
 
 
-def merge(content: Mapping[str, Any], overrides: Sequence[str], origin: str = "") -> dict[str, Any]:
+def merge(
+    content: Mapping[str, Any],
+    overrides: Sequence[str],
+    origin: str = "",
+    *,
+    values: Mapping[str, Any] | None = None,
+    interpolate: bool = True,
+) -> dict[str, Any]:
     """Apply overrides in order; ``section=name`` replaces a whole section by that plug-in with its defaults.
+
+    Args:
+        content: plain data.
+        overrides: ``key=value`` texts.
+        origin: the file it came from, for messages.
+        values: plain data by dotted key, put in after the overrides; a mapping is a change of the section at its key.
+        interpolate: put values in the place of ``${...}``.
 
     Raises:
         ConfigError: an override is not key=value, or an interpolation can't be resolved.
@@ -101,10 +117,18 @@ def merge(content: Mapping[str, Any], overrides: Sequence[str], origin: str = ""
                 config = typing.cast(Any, OmegaConf.merge(config, value))
         except (OmegaConfBaseException, yaml.YAMLError, ValueError, TypeError) as error:
             problems.append(Problem(f"command line:{key}", f"can't be applied ({str(error).splitlines()[0]})"))
+    for key, value in (values or {}).items():
+        try:
+            if key in _SHORT:
+                config[key] = _expand(key, value)
+            else:
+                OmegaConf.update(config, key, value, merge=True, force_add=True)
+        except (OmegaConfBaseException, ValueError, TypeError, AttributeError) as error:
+            problems.append(Problem(key, f"can't be set ({str(error).splitlines()[0]})"))
     if problems:
         raise ConfigError.collect("The overrides are not usable:", problems)
     try:
-        return typing.cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
+        return typing.cast(dict[str, Any], OmegaConf.to_container(config, resolve=interpolate))
     except OmegaConfBaseException as error:
         raise ConfigError(f"{origin}:{getattr(error, 'full_key', '') or ''}: {str(error).splitlines()[0]}") from error
 
@@ -121,7 +145,9 @@ def validate(content: Mapping[str, Any], origin: str = "config", overridden: Ite
         ConfigError: one error with all problems.
     """
     problems: list[Problem] = []
-    content = {k: _expand(k, v) for k, v in content.items()}
+    if "sweep" in content:
+        problems.append(Problem("sweep", "this is a sweep of many runs; start it with `clkit sweep`"))
+    content = {k: _expand(k, v) for k, v in content.items() if k != "sweep"}
     plain = {k: v for k, v in content.items() if k not in _PLUGINS}
     config: RunConfig = _fill(RunConfig, plain, "", problems, skip=_PLUGINS)
     for section, (key, registry, default) in _PLUGINS.items():
@@ -174,6 +200,39 @@ def _plugin(
     if len(problems) == before and hasattr(target, "check"):
         problems += target.check(filled)
     return Plugin(name, filled)
+
+
+def section(cls: type[T], raw: Mapping[Any, Any], prefix: str, problems: list[Problem]) -> T:
+    """A dataclass of options from plain data; what is wrong with it is added to ``problems`` under ``prefix + key``."""
+    return typing.cast(T, _fill(cls, raw, prefix, problems))
+
+
+def lookup(content: Mapping[str, Any], key: str) -> Any:
+    """The value of a dotted key in plain content, or its default; a plug-in's section stands for its name.
+
+    Raises:
+        KeyError: there is no such option.
+    """
+    key = f"{key}.{_SHORT[key]}" if key in _SHORT else key
+    first, *rest = key.split(".")
+    at: Any = _expand(first, content.get(first, {}))
+    for part in rest:
+        at = at.get(part, _MISSING) if isinstance(at, Mapping) else _MISSING
+    if at is not _MISSING and (rest or first in content):
+        return at
+    if first in _PLUGINS:
+        name, registry, default = _PLUGINS[first]
+        chosen = _expand(first, content.get(first) or {}).get(name, default)
+        if rest == [name]:
+            return chosen
+        at = registry.get(chosen).config_class() if chosen in registry else None
+    else:
+        at, rest = RunConfig(), [first, *rest]
+    for part in rest:
+        if not dataclasses.is_dataclass(at) or not hasattr(at, part):
+            raise KeyError(key)
+        at = getattr(at, part)
+    return at
 
 
 def _fill(

@@ -17,7 +17,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from clkit.checkpoint import CheckpointStore
-from clkit.errors import CheckpointError, ClkitError, ConfigError
+from clkit.cost import Meter
+from clkit.errors import BusyError, CheckpointError, ClkitError, ConfigError
 from clkit.files import disk_errors, write_json, write_text
 from clkit.resolve import read_file, to_dict, validate
 
@@ -67,13 +68,15 @@ class RunDirectory:
         self.checkpoints = CheckpointStore(self.path / "checkpoints", keep)
         self._lock = FileLock(self.path / ".lock")
         self._events: Any = None
+        self._meter: Meter | None = None
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
         """Hold the run directory for this process; a second process is refused. May be nested.
 
         Raises:
-            CheckpointError: the directory can't be made or written, or another process holds it.
+            BusyError: another process holds it.
+            CheckpointError: the directory can't be made or written.
         """
         with disk_errors(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
@@ -82,7 +85,7 @@ class RunDirectory:
             try:
                 self._lock.acquire(timeout=0)
             except Timeout:
-                raise CheckpointError(
+                raise BusyError(
                     f"{self.path}: another process is running in this directory. "
                     "Wait for it, or choose another output_dir."
                 ) from None
@@ -117,13 +120,7 @@ class RunDirectory:
         """
         file = self.path / "config.yaml"
         if file.exists():
-            here = self._object("run.json")
-            if not isinstance(here.get("data"), dict):
-                ours = any(os.path.lexists(self.path / name) for name in _MARKS)
-                mend = _MEND if ours else "If it is not a run's, choose another output_dir; else restore run.json."
-                raise CheckpointError(f"{file}: next to it is no run.json that says what data was used. {mend}")
-            changed = self._changes(config) + _differences(here["data"], facts["data"], "data")
-            self._refuse(changed, _clkit_versions(here, facts))
+            self._refuse(self.differences(config, facts["data"]), _clkit_versions(self._object("run.json"), facts))
             return
         if self.checkpoints.list():
             raise CheckpointError(
@@ -132,6 +129,26 @@ class RunDirectory:
             )
         write_json(self.path / "run.json", facts)
         write_text(file, OmegaConf.to_yaml(OmegaConf.create(config)))
+
+    def differences(self, config: dict[str, Any], data: dict[str, Any]) -> list[str]:
+        """Where the run that is here differs in what changes its numbers; empty when there is none.
+
+        Args:
+            config: a resolved configuration.
+            data: fingerprints of its tasks, as in ``run.json``.
+
+        Raises:
+            CheckpointError: what is here is damaged.
+        """
+        file = self.path / "config.yaml"
+        if not file.exists():
+            return []
+        here = self._object("run.json")
+        if not isinstance(here.get("data"), dict):
+            ours = any(os.path.lexists(self.path / name) for name in _MARKS)
+            mend = _MEND if ours else "If it is not a run's, choose another output_dir; else restore run.json."
+            raise CheckpointError(f"{file}: next to it is no run.json that says what data was used. {mend}")
+        return self._changes(config) + _differences(here["data"], data, "data")
 
     def bind_model(self, provenance: dict[str, Any]) -> None:
         """Write where the weights come from into ``run.json``, or check that they are those of the run that is here."""
@@ -197,18 +214,27 @@ class RunDirectory:
             write_text(self.path / name, "".join(f"{line}\n" for line in lines))
 
     def status(self, state: str, **detail: Any) -> None:
-        """Write ``status.json``: running, finished, interrupted or failed."""
+        """Write ``status.json``: running, finished, interrupted or failed, and what the run cost so far."""
+        if self._meter is not None:
+            detail["cost"] = self._meter.total()
         write_json(self.path / "status.json", {"state": state, **detail, "time": round(time.time(), 3)})
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """What ``status.json`` says; empty where there is none."""
+        return self._object("status.json")
 
     @property
     def finished(self) -> bool:
         """Whether the run that is here came to its end and its result is there."""
         whole = all((self.path / name).is_file() for name in ("matrix.json", "metrics.json"))
-        return whole and self._object("status.json").get("state") == "finished"
+        return whole and self.state.get("state") == "finished"
 
     @contextlib.contextmanager
     def recording_failure(self) -> Iterator[None]:
-        """Write into ``status.json`` why the run stopped, when it stops early. May be nested."""
+        """Write into ``status.json`` why the run stopped, when it stops early, and measure its cost. May be nested."""
+        if self._meter is None:
+            self._meter = Meter(self.state.get("cost"))
         try:
             yield
         except BaseException as error:

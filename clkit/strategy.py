@@ -22,6 +22,7 @@ from clkit.errors import CapabilityError, CheckpointError, Problem
 from clkit.evaluation.features import extract
 from clkit.loader import Encodings, Pool, StepLoader, steps_in_stage, training_classes
 from clkit.memory import Buffer, HerdingBuffer, Ref, make_buffer
+from clkit.memory.budget import held_bytes
 from clkit.memory.herding import group_name, held_after
 from clkit.models.base import Model
 from clkit.rng import Streams
@@ -162,6 +163,18 @@ class Strategy(ABC):
     def parameters(self) -> list[nn.Parameter]:
         """What the optimiser updates now, in a stable order."""
         return [p for p in self.run.model.module.parameters() if p.requires_grad]
+
+    def holds(self) -> dict[str, int]:
+        """What the method carries along now: parameters that are trained, exemplars, and their raw bytes."""
+        refs = () if self.buffer is None else self.buffer.refs
+        by_task: dict[int, list[int]] = {}
+        for ref in refs:
+            by_task.setdefault(ref.task, []).append(ref.index)
+        return {
+            "trained_parameters": sum(p.numel() for p in self.parameters()),
+            "exemplars": len(refs),
+            "exemplar_bytes": sum(held_bytes(self.run.tasks[t].train, some) for t, some in by_task.items()),
+        }
 
     # --- one task ---------------------------------------------------------------------------------------------------
     def training_set(self, stage: int) -> Sequence[int]:

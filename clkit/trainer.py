@@ -397,7 +397,7 @@ class SequentialTrainer:
         if self.directory is not None and self.engine.is_main:
             result.snippet = self.export(self.directory.path / "export")
             result.save(self.directory)
-            self.directory.status("finished")
+            self.directory.status("finished", holds=self.strategy.holds())
         return result
 
     def export(self, directory: Path) -> str:

@@ -7,14 +7,14 @@ and the position under which an exemplar is remembered.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 from torch import Tensor, nn
 
 from clkit.errors import ConfigError
-from clkit.tasks.base import Examples, LabelledExamples
+from clkit.tasks.base import EditExamples, Examples, LabelledExamples, TextExamples
 
 PARAMETER_BYTES = 4
 INDEX_BYTES = 8
@@ -134,6 +134,16 @@ def bytes_per_exemplar(examples: Iterable[Examples]) -> int:
     if not count:
         raise ConfigError("a memory budget needs labelled examples to count")
     return max(1, -(-total // count))
+
+
+def held_bytes(examples: Examples, indices: Sequence[int]) -> int:
+    """Raw bytes of some examples: tensors as they are stored, texts in UTF-8."""
+    part = examples.subset(indices)
+    if isinstance(part, LabelledExamples):
+        return len(part) * bytes_per_exemplar([part]) if len(part) else 0
+    if isinstance(part, TextExamples):
+        return sum(len("".join([r.prompt, r.answer, *(r.options or ())]).encode()) for r in part.records)
+    return sum(len(f"{r.prompt}{r.target_new}".encode()) for r in cast(EditExamples, part).records)
 
 
 def _bytes(tensor: Tensor) -> int:

@@ -79,7 +79,9 @@ def test_every_package_directory_is_installed():
     assert listed == found | {"clkit.configs"}
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["ls"], ["ls", "strategies"], ["--version"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["run", "--help"], ["sweep", "--help"], ["ls"], ["ls", "strategies"], ["--version"]]
+)
 def test_help_and_listings_import_nothing_heavy(arguments):
     code = (
         "import sys, json, contextlib, io\nfrom clkit.cli import main\n"
