@@ -10,18 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from clkit.editing import contexts, rows
+from clkit.editing.prefix import Reader
 from clkit.errors import CapabilityError
 from clkit.models.causal_lm import CausalLM
+from clkit.models.location import locate
 from clkit.modes import evaluating
 from clkit.rng import fresh_generator
-from clkit.strategies.wise import contexts, rows
 from clkit.strategies.wise.config import WISEConfig, settled
 from clkit.strategies.wise.delta import SparseDelta
-from clkit.strategies.wise.location import dense_weight, locate
 from clkit.strategies.wise.masks import shard_mask
 from clkit.strategies.wise.merge import merge
 from clkit.strategies.wise.optimise import Objective, Outcome, Settings, optimise
-from clkit.strategies.wise.prefix import Reader
+from clkit.strategies.wise.published import build_published, dense_weight
 from clkit.strategies.wise.router import Router
 from clkit.strategies.wise.side_memory import SideLayer, SideMemory
 from clkit.tasks.base import EditRecord
@@ -116,7 +117,7 @@ class Wise:
             )
         irrelevant = self._irrelevant(record)
         if config.compat:
-            return rows.build_published(form, record.prompt, record.target_new, self._contexts, irrelevant[0])
+            return build_published(form, record.prompt, record.target_new, self._contexts, irrelevant[0])
         return rows.build(
             form, record.prompt, record.target_new, self._contexts, irrelevant, self.model.max_length, config.eos
         )

@@ -9,11 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from clkit.editing.losses import target_loss
+from clkit.editing.prefix import Prefix
+from clkit.editing.rows import Rows
 from clkit.errors import NumericalError
-from clkit.strategies.wise.losses import margin_loss, target_loss
-from clkit.strategies.wise.prefix import Prefix
+from clkit.strategies.wise.losses import margin_loss
 from clkit.strategies.wise.router import Router, change_sizes
-from clkit.strategies.wise.rows import Rows
 
 # The published code's weight decay, which reaches the frozen entries too.
 _PUBLISHED_DECAY = 1e-5
@@ -72,7 +73,7 @@ class Objective:
         """Target loss, margin loss and the scores (R,) of all rows, for a matrix (out, in) float32."""
         prefix, rows, s = self.prefix, self.rows, self.settings
         change = self._change(matrix, prefix.activations[: rows.edits], prefix.base[: rows.edits])
-        answer = target_loss(prefix.logits(change), prefix.targets, self.router.compat)
+        answer = target_loss(prefix.logits(change), prefix.targets, int(self.router.compat))
         read, base = self._read
         # The published statistic switches to the maximum at inference only.
         scores = change_sizes(self._change(matrix, read, base), base, self.router.activation).mean(dim=1)

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
+from clkit.editing import rows
 from clkit.editing.strategy import EditOutcome, EditStrategy, Explanation
 from clkit.errors import Problem
 from clkit.models.causal_lm import CausalLM
-from clkit.strategies.wise import rows
 from clkit.strategies.wise.config import WISEConfig, problems
 from clkit.strategies.wise.core import Wise
 from clkit.tasks.base import EditRecord

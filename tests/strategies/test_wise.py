@@ -10,8 +10,8 @@ from wise_models import edited, logits, quick, record, tiny
 
 from clkit.checkpoint import pack, unpack
 from clkit.config import ReplayConfig
+from clkit.editing import rows
 from clkit.errors import NumericalError, RequestError
-from clkit.strategies.wise import rows
 from clkit.strategies.wise.config import WISEConfig, problems, settled
 from clkit.strategies.wise.core import Wise
 from clkit.strategies.wise.masks import shard_mask

@@ -6,10 +6,10 @@ import pytest
 import torch
 from wise_models import edited, quick, record, tiny
 
+from clkit.editing.prefix import position_ids
 from clkit.errors import RequestError
 from clkit.models.routing import marking_prompt
 from clkit.strategies.wise.core import Wise
-from clkit.strategies.wise.prefix import position_ids
 from clkit.strategies.wise.side_memory import SideMemory
 
 PROMPTS = ["Town of 0?", "Town of 1?", "Something else entirely", "Sum of 2?", "ab", "Town of 2?"]
