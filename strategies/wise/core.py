@@ -134,15 +134,13 @@ class Wise:
             text = record.locality_prompt or contexts.IRRELEVANT[0]
             text = f"{text} {record.locality_answer}" if record.locality_answer else text
             return build_published(form, record.prompt, record.target_new, self._contexts, text)
-        return rows.build(
-            form, record.prompt, record.target_new, self._contexts, [], self.model.max_length, config.eos
-        )
+        return rows.build(form, record.prompt, record.target_new, self._contexts, [], self.model.max_length, config.eos)
 
     def _others(self, record: EditRecord, held: Sequence[str], gone: Set[str]) -> Others:
         """What the router has to keep apart while ``record`` is learned, and what it has to keep with it.
 
-        Not to be answered by this memory: the record's irrelevant prompt, built-in ones, those of earlier edits, and the
-        prompts of earlier edits in other memories. To be answered as before: the prompts of earlier edits in this one.
+        Not to be answered by this memory: the record's irrelevant prompt, built-in ones, those of earlier edits, and
+        the prompts of earlier edits in other memories. To be answered as before: prompts of earlier edits in this one.
         """
         earlier = itertools.takewhile(lambda i: i != record.id, self.prompts)  # when learned again: those before it
         before = [i for i in earlier if i not in gone]

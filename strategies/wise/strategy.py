@@ -53,8 +53,7 @@ class WISE(EditStrategy):
         return EditOutcome(holder.name, len(outcome.losses), {"target": answer, "margin": margin})
 
     def settle(self) -> None:
-        """Measure the thresholds anew."""
-        self.wise.calibrate()
+        """Nothing: thresholds are measured after every edit."""
 
     def forget(self, ids: Sequence[str], records: Mapping[str, EditRecord]) -> list[str]:
         """Take edits out; the other edits of their memories are learned again."""
