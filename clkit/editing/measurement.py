@@ -267,9 +267,10 @@ class Measure:
             for i in order
         ]
         encoded = EncodedText(records, self.editor.model.form, self.editor.model.max_length)
-        cost = encoded.lengths
+        cost = np.asarray(encoded.lengths, dtype=np.int64)
         if generated:
-            cost = np.array([len(encoded.prompt_ids(k)) for k in range(len(order))]) + self.options.max_new_tokens
+            lengths = [len(encoded.prompt_ids(k)) for k in range(len(order))]
+            cost = np.array(lengths, dtype=np.int64) + self.options.max_new_tokens
         return encoded, order, plan_batches(cost, self.options)
 
 

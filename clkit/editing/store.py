@@ -38,7 +38,7 @@ def fingerprint(module: nn.Module) -> str:
     named = {_plain(name): p for name, p in module.named_parameters() if "lora_" not in name}
     for name in sorted(named):
         digest.update(f"{name} {tuple(named[name].shape)}".encode())
-        for piece in named[name].detach().reshape(-1).split(_CHUNK):
+        for piece in torch.split(named[name].detach().reshape(-1), _CHUNK):
             digest.update(piece.to(torch.bfloat16).cpu().view(torch.int16).numpy())
     return digest.hexdigest()
 

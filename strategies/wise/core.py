@@ -133,7 +133,8 @@ class Wise:
         if config.compat:
             text = record.locality_prompt or contexts.IRRELEVANT[0]
             text = f"{text} {record.locality_answer}" if record.locality_answer else text
-            return build_published(form, record.prompt, record.target_new, self._contexts, text)
+            made: rows.Rows = build_published(form, record.prompt, record.target_new, self._contexts, text)
+            return made
         return rows.build(form, record.prompt, record.target_new, self._contexts, [], self.model.max_length, config.eos)
 
     def _others(self, record: EditRecord, held: Sequence[str], gone: Set[str]) -> Others:
