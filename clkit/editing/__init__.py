@@ -8,6 +8,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from clkit.editing.editor import Editor as Editor
     from clkit.editing.editor import Rollback as Rollback
+    from clkit.editing.measurement import EditScores as EditScores
+    from clkit.editing.measurement import Measure as Measure
+    from clkit.editing.measurement import Probe as Probe
+    from clkit.editing.measurement import measure as measure
     from clkit.editing.request import EditRequest as EditRequest
     from clkit.editing.store import attach as attach
     from clkit.editing.strategy import EditStrategy as EditStrategy
@@ -15,13 +19,28 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "EditRequest": "request",
+    "EditScores": "measurement",
     "EditStrategy": "strategy",
     "Editor": "editor",
     "Explanation": "strategy",
+    "Measure": "measurement",
+    "Probe": "measurement",
     "Rollback": "editor",
     "attach": "store",
+    "measure": "measurement",
 }
-__all__ = ["EditRequest", "EditStrategy", "Editor", "Explanation", "Rollback", "attach"]
+__all__ = [
+    "EditRequest",
+    "EditScores",
+    "EditStrategy",
+    "Editor",
+    "Explanation",
+    "Measure",
+    "Probe",
+    "Rollback",
+    "attach",
+    "measure",
+]
 
 
 def __getattr__(name: str) -> Any:

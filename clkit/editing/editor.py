@@ -26,7 +26,7 @@ from clkit.editing.store import (
 from clkit.editing.strategy import EditStrategy, Explanation, language_model
 from clkit.errors import CheckpointError, Problem, RequestError, did_you_mean
 from clkit.evaluation.base import evaluation_mode
-from clkit.evaluation.editing import forced_tokens
+from clkit.evaluation.editing import forced_answers
 from clkit.files import disk_errors
 from clkit.metrics.editing import token_accuracy
 from clkit.models import load_model
@@ -268,8 +268,8 @@ class Editor:
         rows = [TextRecord(prompt, answer, name) for name, (prompt, answer) in asked.items()]
         encoded = EncodedText(rows, self.model.form, self.model.max_length)
         with evaluation_mode(self.model):
-            pairs = forced_tokens(self.model, encoded, range(len(rows)))
-        return {name: token_accuracy(*pair) for name, pair in zip(asked, pairs, strict=True)}
+            found = forced_answers(self.model, encoded, range(len(rows)))
+        return {name: token_accuracy(f.predicted, f.wanted) for name, f in zip(asked, found, strict=True)}
 
     # --- keeping ----------------------------------------------------------------------------------------------------
     def save(self, directory: str | Path) -> Path:

@@ -73,7 +73,10 @@ class EditStrategy(Strategy):
 
     @abstractmethod
     def settle(self) -> None:
-        """What is done once after a batch of edits, before the model serves."""
+        """What is done once after a batch of edits.
+
+        The model serves before it too: a run scores it amid a batch (``eval.every_steps``), the Editor after each edit.
+        """
 
     @abstractmethod
     def forget(self, ids: Sequence[str], records: Mapping[str, EditRecord]) -> list[str]:

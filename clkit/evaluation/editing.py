@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from clkit.evaluation.base import Detail, Scorer, Scoring
 from clkit.evaluation.generation import Generated
@@ -16,20 +18,37 @@ from clkit.models.encoded_text import EncodedText
 from clkit.models.routing import marking_prompt
 
 
-@torch.no_grad()
-def forced_tokens(model: CausalLM, encoded: EncodedText, indices: Sequence[int]) -> list[tuple[list[int], list[int]]]:
-    """Per record the most likely token at each position of its answer, given the right ones before, and the right ones.
+@dataclass(frozen=True)
+class ForcedAnswer:
+    """What a model makes of an answer whose beginning it is shown at every token; the end token is not counted.
 
-    The end token is not counted. Whatever routes by the prompt sees the prompt alone, as when it generates.
+    Attributes:
+        predicted: the most likely token at each position.
+        wanted: the answer's tokens.
+        nll: the answer's negative log-likelihood in nats.
+    """
+
+    predicted: list[int]
+    wanted: list[int]
+    nll: float
+
+
+@torch.no_grad()
+def forced_answers(model: CausalLM, encoded: EncodedText, indices: Sequence[int]) -> list[ForcedAnswer]:
+    """Answers of the records at ``indices``, teacher-forced, in one pass.
+
+    Whatever routes by the prompt sees the prompt alone, as when it generates.
     """
     batch = encoded.batch(torch.tensor(list(indices))).to(model.device)
     prompt = (batch.labels == -100) & batch.inputs["attention_mask"].bool()
     with marking_prompt(prompt):
-        predicted = model.logits(batch).argmax(dim=-1)
+        logits = model.logits(batch)
     found = []
-    for row, wanted in zip(predicted, model.targets(batch), strict=True):
-        real = wanted != -100
-        found.append((row[real].tolist()[:-1], wanted[real].tolist()[:-1]))
+    for row, targets in zip(logits, model.targets(batch), strict=True):
+        real = (targets != -100).nonzero().squeeze(1)[:-1]
+        scores, wanted = row[real].float(), targets[real]
+        nll = F.cross_entropy(scores, wanted, reduction="sum")
+        found.append(ForcedAnswer(scores.argmax(dim=-1).tolist(), wanted.tolist(), float(nll)))
     return found
 
 
@@ -42,12 +61,14 @@ class Forced(Scorer):
         """One forward pass."""
         encoded: Any = scoring.encoded
         model: Any = scoring.model
-        pairs = forced_tokens(model, encoded, indices)
         return [
             Detail(
-                encoded.ids[i], self.judge(*pair), prediction=model.tokenizer.decode(pair[0]), gold=encoded.answer(i)
+                encoded.ids[i],
+                self.judge(found.predicted, found.wanted),
+                prediction=model.tokenizer.decode(found.predicted),
+                gold=encoded.answer(i),
             )
-            for i, pair in zip(indices, pairs, strict=True)
+            for i, found in zip(indices, forced_answers(model, encoded, indices), strict=True)
         ]
 
     @abstractmethod

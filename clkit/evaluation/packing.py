@@ -23,6 +23,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from clkit.models.routing import marking_prompt
+
 # Decoders of transformers that take a 4-D mask and position ids and mix tokens by attention alone, as a test shows.
 # fmt: off
 PACKABLE = frozenset(
@@ -76,13 +78,14 @@ def packed_logliks(
     if module.config._attn_implementation == "eager":  # type: ignore[union-attr]
         dtype = next(module.parameters()).dtype
         mask = torch.zeros(mask.shape, dtype=dtype, device=device).masked_fill_(~mask, torch.finfo(dtype).min)
-    out = module(
-        input_ids=ids.to(device),
-        attention_mask=mask,
-        position_ids=positions.to(device),
-        use_cache=False,
-        logits_to_keep=_last(width, keep, device),
-    )
+    with marking_prompt(segments == 0):
+        out = module(
+            input_ids=ids.to(device),
+            attention_mask=mask,
+            position_ids=positions.to(device),
+            use_cache=False,
+            logits_to_keep=_last(width, keep, device),
+        )
     return _sums(out.logits, wanted, options)
 
 
@@ -98,7 +101,9 @@ def rowwise_logliks(
     keep = ids.shape[1] - min(len(p) for p, _ in pairs) + 1
     first = ids.shape[1] - keep if _takes(module, "logits_to_keep") else 0
     extra: dict[str, Any] = {"logits_to_keep": _last(ids.shape[1], keep, device)} if first else {}
-    out = module(input_ids=ids.to(device), attention_mask=mask.to(device), **extra)
+    lengths = torch.tensor([len(p) for p, _ in pairs])
+    with marking_prompt((torch.arange(ids.shape[1]) < lengths[:, None]).to(device)):
+        out = module(input_ids=ids.to(device), attention_mask=mask.to(device), **extra)
     wanted = [(r, len(p) - 1 + k - first, t) for r, (p, o) in enumerate(pairs) for k, t in enumerate(o)]
     return _sums(out.logits, wanted, options)
 

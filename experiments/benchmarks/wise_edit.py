@@ -26,16 +26,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clkit.config import LoraConfig, ModelConfig
+from clkit.editing.losses import target_loss
+from clkit.editing.prefix import position_ids
 from clkit.models import load_model
 from clkit.models.causal_lm import CausalLM
 from clkit.strategies.wise.config import WISEConfig
 from clkit.strategies.wise.core import Wise
 from clkit.strategies.wise.delta import SparseDelta
-from clkit.strategies.wise.losses import margin_loss, target_loss
+from clkit.strategies.wise.losses import margin_loss
 from clkit.strategies.wise.masks import shard_mask
 from clkit.strategies.wise.merge import merge
 from clkit.strategies.wise.optimise import Objective
-from clkit.strategies.wise.prefix import position_ids
 from clkit.strategies.wise.side_memory import SideMemory
 from clkit.tasks.base import EditRecord
 

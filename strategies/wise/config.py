@@ -44,7 +44,13 @@ class WISEConfig(StrategyConfig):
     contexts: int = opt(
         10, "texts that the model writes itself, put before the prompt to learn paraphrases", min=0, max=10
     )
-    negatives: int = opt(8, "further irrelevant prompts per edit, drawn from the built-in ones (compat: none)", min=0)
+    negatives: int = opt(16, "built-in irrelevant prompts per edit, drawn anew for each (compat: none)", min=0)
+    history: int = opt(
+        64,
+        "per edit, prompts of earlier edits to go on answering, and as many of earlier edits to go on leaving alone, "
+        "drawn anew for each (compat: none)",
+        min=0,
+    )
     eos: bool = opt(True, "teach that the answer ends (compat: not)")
     storage: str = opt(
         "float16",

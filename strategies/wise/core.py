@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from clkit.editing import contexts, rows
+from clkit.editing.prefix import Reader
 from clkit.errors import CapabilityError
 from clkit.models.causal_lm import CausalLM
+from clkit.models.location import locate
 from clkit.modes import evaluating
 from clkit.rng import fresh_generator
-from clkit.strategies.wise import contexts, rows
 from clkit.strategies.wise.config import WISEConfig, settled
 from clkit.strategies.wise.delta import SparseDelta
-from clkit.strategies.wise.location import dense_weight, locate
 from clkit.strategies.wise.masks import shard_mask
 from clkit.strategies.wise.merge import merge
-from clkit.strategies.wise.optimise import Objective, Outcome, Settings, optimise
-from clkit.strategies.wise.prefix import Reader
+from clkit.strategies.wise.optimise import Objective, Others, Outcome, Settings, optimise
+from clkit.strategies.wise.published import build_published, dense_weight
 from clkit.strategies.wise.router import Router
 from clkit.strategies.wise.side_memory import SideLayer, SideMemory
 from clkit.tasks.base import EditRecord
@@ -41,7 +43,7 @@ class Wise:
     Attributes:
         layer: the memories, in the order of their shards.
         live: the memory of the shard that is being filled, or None.
-        prompts: per edit its prompt and its irrelevant prompts, from which thresholds are measured.
+        prompts: per edit, in the order of learning, its prompt and, where it has one, its irrelevant prompt.
     """
 
     def __init__(self, model: CausalLM, config: WISEConfig, seed: int = 0) -> None:
@@ -78,35 +80,49 @@ class Wise:
         """
         if self.live is None:
             self.live = SideMemory([(self.shard, [])], self._zeros(), math.inf)
-        matrix, outcome, score = self._learn(record, self.live.matrix, self.shard)
         live = self.live
+        matrix, outcome, score = self._learn(record, live.matrix, self.shard, live.edits)
         live.matrix = matrix
         live.parts[0][1].append(record.id)
         self._least = min(self._least, score)
         global_minimum = self.config.compat and self.config.mode == "merge"
         live.threshold = self._least if global_minimum else min(live.threshold, score)
-        self.prompts[record.id] = [record.prompt, *self._irrelevant(record)]
+        self.prompts[record.id] = [p for p in (record.prompt, record.locality_prompt) if p]
         if live not in self.layer.all():
             self.layer.put([*self.layer.all(), live])
         self.router.forget()
         if len(live.edits) == self.config.shard_size:
             self._close()
+        else:
+            self._calibrate([live])
         return outcome
 
-    def _learn(self, record: EditRecord, matrix: Tensor, shard: int) -> tuple[Tensor, Outcome, float]:
-        """The new matrix, what happened, and the score from which the memory's threshold is made."""
+    def _learn(
+        self, record: EditRecord, matrix: Tensor, shard: int, held: Sequence[str], gone: Set[str] = frozenset()
+    ) -> tuple[Tensor, Outcome, float]:
+        """Learn one edit into a shard.
+
+        Args:
+            record: the edit.
+            matrix: of the shard so far.
+            shard: its number.
+            held: the edits in it.
+            gone: edits that are being taken out.
+
+        Returns:
+            The new matrix, what happened, and the score from which the published code makes the threshold.
+        """
         config, device = self.config, self.location.device
         with self.router.switched_off(), evaluating(self.model.module):
             found = self._rows(record).to(device)
             prefix = self.reader.prefix(found)
             settings = self._settings(prefix.activations, prefix.base, found)
             weight = None if self._weight is None else self._weight.to(device)
-            objective = Objective(prefix, found, self.router, settings, weight)
+            others = None if config.compat else self._others(record, held, gone)
+            objective = Objective(prefix, found, self.router, settings, weight, others)
             mask = shard_mask(self.location.shape, config.mask_ratio, self.seed, shard, config.compat).to(device)
             matrix, outcome = optimise(objective, matrix, mask)
-        if config.compat:
-            return matrix, outcome, outcome.score
-        return matrix, outcome, float((matrix @ self.reading(record.prompt)).norm())
+        return matrix, outcome, outcome.score
 
     def _rows(self, record: EditRecord) -> rows.Rows:
         form, config = self.model.form, self.config
@@ -114,22 +130,40 @@ class Wise:
             self._contexts = contexts.written(
                 self.location.lm, self.model.tokenizer, self.location.device, config.contexts
             )
-        irrelevant = self._irrelevant(record)
         if config.compat:
-            return rows.build_published(form, record.prompt, record.target_new, self._contexts, irrelevant[0])
-        return rows.build(
-            form, record.prompt, record.target_new, self._contexts, irrelevant, self.model.max_length, config.eos
-        )
-
-    def _irrelevant(self, record: EditRecord) -> list[str]:
-        """The record's own irrelevant prompt, and further ones drawn from those built in."""
-        if self.config.compat:
             text = record.locality_prompt or contexts.IRRELEVANT[0]
-            return [f"{text} {record.locality_answer}" if record.locality_answer else text]
+            text = f"{text} {record.locality_answer}" if record.locality_answer else text
+            made: rows.Rows = build_published(form, record.prompt, record.target_new, self._contexts, text)
+            return made
+        return rows.build(form, record.prompt, record.target_new, self._contexts, [], self.model.max_length, config.eos)
+
+    def _others(self, record: EditRecord, held: Sequence[str], gone: Set[str]) -> Others:
+        """What the router has to keep apart while ``record`` is learned, and what it has to keep with it.
+
+        Not to be answered by this memory: the record's irrelevant prompt, built-in ones, those of earlier edits, and
+        the prompts of earlier edits in other memories. To be answered as before: prompts of earlier edits in this one.
+        """
+        earlier = itertools.takewhile(lambda i: i != record.id, self.prompts)  # when learned again: those before it
+        before = [i for i in earlier if i not in gone]
+        mine = {i: self.prompts[i][0] for i in before if i in set(held)}
+        answered = {record.prompt, *mine.values()}
+        apart = [p for i in before for p in (self.prompts[i][1:] if i in mine else self.prompts[i])]
         own = [record.locality_prompt] if record.locality_prompt else []
-        pool = [p for p in contexts.IRRELEVANT if p not in (*own, record.prompt)]
-        drawn = torch.randperm(len(pool), generator=fresh_generator(self.seed, "wise negatives", record.id)).tolist()
-        return [*own, *(pool[i] for i in drawn[: max(self.config.negatives, 1 - len(own))])]
+        outside = [*own, *self._drawn(contexts.IRRELEVANT, self.config.negatives, "negatives", record.id)]
+        outside += self._drawn(apart, self.config.history, "history", record.id)
+        inside = self._drawn(list(mine.values()), self.config.history, "kept", record.id)
+        wanted = [p for p in dict.fromkeys(outside) if p not in answered]
+        return Others(self._stacked(inside), self._stacked(wanted))
+
+    def _drawn(self, texts: Sequence[str], count: int, purpose: str, name: str) -> list[str]:
+        """At most ``count`` of ``texts``."""
+        order = torch.randperm(len(texts), generator=fresh_generator(self.seed, f"wise {purpose}", name))
+        return [texts[i] for i in order[:count].tolist()]
+
+    def _stacked(self, prompts: Sequence[str]) -> Tensor:
+        """(N, in) the readings of ``prompts``."""
+        empty = torch.zeros(0, self.location.shape[1], device=self.location.device)
+        return torch.stack([self.reading(p) for p in prompts]) if prompts else empty
 
     def _settings(self, activations: Tensor, base: Tensor, found: rows.Rows) -> Settings:
         """The configured numbers in the layer's units, which the first edit sets.
@@ -158,13 +192,11 @@ class Wise:
         """End the live shard; merge when the schedule says so."""
         if self.live is None:
             return
-        self._round(self.live)
-        self.live, self.shard = None, self.shard + 1
-        loose = self._loose()
-        if self.config.merge_every and len(loose) * self.config.shard_size >= self.config.merge_every:
+        closed, self.live, self.shard = self.live, None, self.shard + 1
+        self._round(closed)
+        self._calibrate([closed])
+        if self.config.merge_every and len(self._loose()) * self.config.shard_size >= self.config.merge_every:
             self.consolidate()
-        else:
-            self.calibrate()
 
     def _loose(self) -> list[SideMemory]:
         """Closed shards that are not merged yet."""
@@ -204,17 +236,19 @@ class Wise:
     # --- thresholds -------------------------------------------------------------------------------------------------
     def calibrate(self) -> None:
         """Measure the threshold of every memory anew, from its edits' prompts and its matrix as it is now."""
+        self._calibrate(self.layer.all())
+
+    def _calibrate(self, memories: Sequence[SideMemory]) -> None:
         if self.config.compat:
             return
-        for memory in self.layer.all():
+        for memory in memories:
             if memory.edits:
                 memory.threshold = float(self.scores(memory, [self.prompts[i][0] for i in memory.edits]).min())
 
     @torch.no_grad()
     def scores(self, memory: SideMemory, prompts: Sequence[str]) -> Tensor:
         """(N,) what each prompt scores at ``memory``, on the CPU."""
-        readings = torch.stack([self.reading(p) for p in prompts])
-        found: Tensor = (readings @ memory.matrix.T).norm(dim=-1).cpu()
+        found: Tensor = (self._stacked(prompts) @ memory.matrix.T).norm(dim=-1).cpu()
         return found
 
     def reading(self, prompt: str) -> Tensor:
@@ -247,7 +281,7 @@ class Wise:
             if not gone & set(memory.edits):
                 continue
             rest = [(shard, [i for i in part if i not in gone]) for shard, part in memory.parts]
-            renewed = [self._relearn(shard, part, records, memory is self.live) for shard, part in rest]
+            renewed = [self._relearn(shard, part, records, gone, memory is self.live) for shard, part in rest]
             whole = renewed[0] if len(renewed) == 1 else self._merged(renewed, [1 / len(renewed)] * len(renewed))
             if memory is self.live:
                 self.live = whole
@@ -262,10 +296,12 @@ class Wise:
         self.calibrate()
         return again
 
-    def _relearn(self, shard: int, ids: Sequence[str], records: Mapping[str, EditRecord], live: bool) -> SideMemory:
+    def _relearn(
+        self, shard: int, ids: Sequence[str], records: Mapping[str, EditRecord], gone: Set[str], live: bool
+    ) -> SideMemory:
         memory = SideMemory([(shard, ids)], self._zeros(), math.inf)
-        for i in ids:
-            memory.matrix, _, score = self._learn(records[i], memory.matrix, shard)
+        for place, i in enumerate(ids):
+            memory.matrix, _, score = self._learn(records[i], memory.matrix, shard, ids[:place], gone)
             memory.threshold = min(memory.threshold, score)
         if not live:
             self._round(memory)

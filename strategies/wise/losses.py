@@ -1,8 +1,7 @@
-"""The loss of one edit: cross entropy of its target, and margins on how strongly the side memory answers."""
+"""Margins on how strongly the side memory answers: the part of an edit's loss that is WISE's own."""
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -30,16 +29,3 @@ def margin_loss(inside: Tensor, outside: Tensor, alpha: float, beta: float, gamm
     """
     gaps = outside[None, :] - inside[:, None] + gamma
     return mean_of_positive(gaps) + mean_of_positive(outside - alpha) + mean_of_positive(beta - inside)
-
-
-def target_loss(logits: Tensor, targets: Tensor, compat: bool = False) -> Tensor:
-    """Mean over rows of the mean negative log-likelihood of a row's target tokens, in float32.
-
-    Args:
-        logits: (E, P, vocabulary).
-        targets: (E, P) the tokens that they predict; -100 where nothing is learned.
-        compat: divide by the number of targets plus one, as the published code does.
-    """
-    nll = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100, reduction="none")
-    count = (targets != -100).sum(dim=1) + int(compat)
-    return (nll.view(targets.shape).sum(dim=1) / count.clamp(min=1)).mean()

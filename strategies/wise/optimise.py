@@ -9,11 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from clkit.editing.losses import target_loss
+from clkit.editing.prefix import Prefix
+from clkit.editing.rows import Rows
 from clkit.errors import NumericalError
-from clkit.strategies.wise.losses import margin_loss, target_loss
-from clkit.strategies.wise.prefix import Prefix
+from clkit.strategies.wise.losses import margin_loss
 from clkit.strategies.wise.router import Router, change_sizes
-from clkit.strategies.wise.rows import Rows
 
 # The published code's weight decay, which reaches the frozen entries too.
 _PUBLISHED_DECAY = 1e-5
@@ -38,6 +39,19 @@ class Settings:
     unit: float = 1.0
 
 
+@dataclass(frozen=True)
+class Others:
+    """Prompts beside the edit's own rows, as the projection reads them at their last token.
+
+    Attributes:
+        inside: (K, in) float32, prompts that the memory answers already.
+        outside: (N, in) float32, prompts that it must not answer.
+    """
+
+    inside: Tensor
+    outside: Tensor
+
+
 @dataclass
 class Outcome:
     """What came of one edit.
@@ -60,24 +74,35 @@ class Objective:
         router: how scores are taken.
         settings: the numbers.
         weight: the base's matrix; when given, the function's argument is base and change together (compat).
+        others: further prompts for the margins.
     """
 
     def __init__(
-        self, prefix: Prefix, rows: Rows, router: Router, settings: Settings, weight: Tensor | None = None
+        self,
+        prefix: Prefix,
+        rows: Rows,
+        router: Router,
+        settings: Settings,
+        weight: Tensor | None = None,
+        others: Others | None = None,
     ) -> None:
         self.prefix, self.rows, self.router, self.settings, self.weight = prefix, rows, router, settings, weight
+        self.others = others
         self._read = router.read(prefix.activations, rows.prompt), router.read(prefix.base, rows.prompt)
 
     def __call__(self, matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Target loss, margin loss and the scores (R,) of all rows, for a matrix (out, in) float32."""
         prefix, rows, s = self.prefix, self.rows, self.settings
         change = self._change(matrix, prefix.activations[: rows.edits], prefix.base[: rows.edits])
-        answer = target_loss(prefix.logits(change), prefix.targets, self.router.compat)
+        answer = target_loss(prefix.logits(change), prefix.targets, int(self.router.compat))
         read, base = self._read
         # The published statistic switches to the maximum at inference only.
         scores = change_sizes(self._change(matrix, read, base), base, self.router.activation).mean(dim=1)
-        inside, outside = scores[: rows.edits] / s.unit, scores[rows.edits :] / s.unit
-        return answer, margin_loss(inside, outside, s.alpha, s.beta, s.gamma), scores
+        inside, outside = scores[: rows.edits], scores[rows.edits :]
+        if self.others is not None:
+            inside = torch.cat([inside, F.linear(self.others.inside, matrix).norm(dim=-1)])
+            outside = torch.cat([outside, F.linear(self.others.outside, matrix).norm(dim=-1)])
+        return answer, margin_loss(inside / s.unit, outside / s.unit, s.alpha, s.beta, s.gamma), scores
 
     def _change(self, matrix: Tensor, x: Tensor, base: Tensor) -> Tensor:
         change = F.linear(x, matrix)

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from clkit.models.location import Location
 from clkit.strategies.wise.delta import SparseDelta
-from clkit.strategies.wise.location import Location
 from clkit.strategies.wise.router import Router
 
 

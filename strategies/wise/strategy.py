@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
+from clkit.editing import rows
 from clkit.editing.strategy import EditOutcome, EditStrategy, Explanation
 from clkit.errors import Problem
 from clkit.models.causal_lm import CausalLM
-from clkit.strategies.wise import rows
 from clkit.strategies.wise.config import WISEConfig, problems
 from clkit.strategies.wise.core import Wise
 from clkit.tasks.base import EditRecord
@@ -53,8 +53,7 @@ class WISE(EditStrategy):
         return EditOutcome(holder.name, len(outcome.losses), {"target": answer, "margin": margin})
 
     def settle(self) -> None:
-        """Measure the thresholds anew."""
-        self.wise.calibrate()
+        """Nothing: thresholds are measured after every edit."""
 
     def forget(self, ids: Sequence[str], records: Mapping[str, EditRecord]) -> list[str]:
         """Take edits out; the other edits of their memories are learned again."""

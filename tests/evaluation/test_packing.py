@@ -10,6 +10,7 @@ from tiny_lm import tiny_module
 
 from clkit.evaluation import packing
 from clkit.evaluation.packing import PACKABLE, packed_logliks, rowwise_logliks, why_not_packed
+from clkit.models.routing import marked_prompt
 
 
 def records():
@@ -68,6 +69,19 @@ def test_an_option_sees_neither_the_other_options_nor_their_positions():
         alone = packed_logliks(module, prompts, [[[5, 6, 7]]])[0][0]
         for others in ([[9] * 8], [[8, 3], [4]], [[5, 6, 7]]):
             assert packed_logliks(module, prompts, [[*others, [5, 6, 7]]])[0][-1] == pytest.approx(alone, abs=1e-5)
+
+
+@pytest.mark.parametrize(("logliks", "copies"), [(packed_logliks, 1), (rowwise_logliks, 2)])
+def test_what_routes_by_the_prompt_is_told_which_tokens_are_the_prompt(logliks, copies):
+    module, seen = tiny_module(), []
+    module.model.layers[0].mlp.register_forward_pre_hook(lambda *_: seen.append(marked_prompt()))
+    module.model.embed_tokens.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    prompts = [[20, 21, 22], [30]]
+    with torch.inference_mode():
+        logliks(module, prompts, [[[5, 6, 7], [8]], [[9, 10], [11, 12, 13]]])
+    ids, mask = seen
+    assert [row[m].tolist() for row, m in zip(ids, mask, strict=True)] == [p for p in prompts for _ in range(copies)]
+    assert marked_prompt() is None
 
 
 def test_the_mask_and_the_positions_both_matter(monkeypatch):

@@ -10,8 +10,9 @@ from wise_models import edited, logits, quick, record, tiny
 
 from clkit.checkpoint import pack, unpack
 from clkit.config import ReplayConfig
+from clkit.editing import rows
+from clkit.editing.contexts import IRRELEVANT
 from clkit.errors import NumericalError, RequestError
-from clkit.strategies.wise import rows
 from clkit.strategies.wise.config import WISEConfig, problems, settled
 from clkit.strategies.wise.core import Wise
 from clkit.strategies.wise.masks import shard_mask
@@ -163,12 +164,59 @@ def test_thresholds_are_measured_anew_after_a_merge(how):
     assert memory.threshold == pytest.approx(min(scores), rel=1e-5)
 
 
-def test_thresholds_of_all_memories_are_those_of_their_edits_as_they_are_now():
-    wise = edited(3)
-    wise.calibrate()
-    for memory in wise.layer.all():
-        scores = [float(wise.scores(memory, [wise.prompts[i][0]])) for i in memory.edits]
-        assert memory.threshold == pytest.approx(min(scores), rel=1e-5)
+def test_after_every_edit_thresholds_are_those_of_the_edits_as_they_are_now():
+    wise = Wise(tiny(), quick(shard_size=3, merge_every=3))
+    for i in range(4):
+        wise.learn(record(i))
+        for memory in wise.layer.all():
+            scores = [float(wise.scores(memory, [wise.prompts[i][0]])) for i in memory.edits]
+            assert memory.threshold == pytest.approx(min(scores), rel=1e-5)
+    assert [m.name for m in wise.layer.all()] == ["shard-0", "shard-1"]
+
+
+# --- what earlier edits leave for later ones -----------------------------------------------------------------------------
+def others(wise, number, held=None, gone=frozenset(), **fields):
+    """Prompts to answer and to leave alone while an edit is learned."""
+    known = {*IRRELEVANT, *(p for i in range(16) for p in (record(i).prompt, record(i).locality_prompt))}
+    readings = {tuple(wise.reading(p).tolist()): p for p in known}
+    found = wise._others(record(number, **fields), wise.live.edits if held is None else held, gone)
+    return [{readings[tuple(row)] for row in side.tolist()} for side in (found.inside, found.outside)]
+
+
+def test_earlier_edits_of_a_memory_stay_inside_and_all_that_is_not_its_own_stays_outside():
+    wise = edited(3, negatives=0)  # shards of two: e0 and e1, then e2
+    elsewhere = {"Sum of 0?", "Sum of 1?", "Town of 0?", "Town of 1?"}
+    assert others(wise, 3) == [{"Town of 2?"}, {"Sum of 3?", "Sum of 2?"} | elsewhere]
+    again = others(wise, 1, held=["e0"])
+    assert again == [{"Town of 0?"}, {"Sum of 1?", "Sum of 0?"}], "learned again: with what came before it"
+    assert others(wise, 1, held=[], gone={"e0"}) == [set(), {"Sum of 1?"}]
+    fields = {"prompt": "Sum of 1?", "locality_prompt": "Town of 2?"}
+    inside, outside = others(wise, 4, **fields)
+    assert inside == {"Town of 2?"} and not outside & {"Sum of 1?", "Town of 2?"}, "what is edited is not irrelevant"
+
+
+def test_the_history_is_a_bounded_draw_of_its_own_for_every_edit():
+    wise = edited(4, negatives=3, history=2, shard_size=9, merge_every=0, steps=1)
+    inside, outside = others(wise, 4)
+    assert len(inside) == 2 and len(outside & set(IRRELEVANT)) == 3 and len(outside) == 1 + 3 + 2
+    assert [inside, outside] == others(wise, 4)
+    draws = [others(wise, 10 + k)[0] for k in range(6)]
+    assert len({tuple(sorted(d)) for d in draws}) > 1
+    none = edited(4, negatives=0, history=0, shard_size=9, merge_every=0, steps=1)
+    assert others(none, 4) == [set(), {"Sum of 4?"}]
+
+
+def test_margins_reach_earlier_edits():
+    """Without the history a later edit changes what an earlier one's prompts score far more."""
+    options = {"shard_size": 9, "merge_every": 0, "steps": 30, "negatives": 0, "learning_rate": 0.3, "stop_loss": 0.0}
+
+    def gap(history):
+        wise = edited(3, history=history, mask_ratio=0.9, **options)
+        kept = wise.scores(wise.live, [record(i).prompt for i in range(3)])
+        apart = wise.scores(wise.live, [record(i).locality_prompt for i in range(3)])
+        return float((kept.min() - apart.max()) / kept.max())
+
+    assert gap(64) > gap(0)
 
 
 # --- taking edits out -------------------------------------------------------------------------------------------------

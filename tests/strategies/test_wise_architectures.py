@@ -7,12 +7,13 @@ import torch
 import torch.nn.functional as F
 from wise_models import ARCHITECTURES, edited, logits, quick, record, tiny
 
+from clkit.editing.losses import target_loss
+from clkit.editing.prefix import position_ids
 from clkit.errors import CapabilityError, ConfigError
+from clkit.models.location import locate
 from clkit.strategies.wise.core import Wise
-from clkit.strategies.wise.location import locate
-from clkit.strategies.wise.losses import margin_loss, target_loss
+from clkit.strategies.wise.losses import margin_loss
 from clkit.strategies.wise.optimise import Objective
-from clkit.strategies.wise.prefix import position_ids
 from clkit.strategies.wise.side_memory import SideMemory
 
 TEXT = "Town of 1?"

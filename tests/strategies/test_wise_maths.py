@@ -9,8 +9,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from clkit.editing.losses import target_loss
 from clkit.strategies.wise.delta import SparseDelta
-from clkit.strategies.wise.losses import margin_loss, mean_of_positive, target_loss
+from clkit.strategies.wise.losses import margin_loss, mean_of_positive
 from clkit.strategies.wise.masks import shard_mask
 from clkit.strategies.wise.merge import merge
 from clkit.strategies.wise.router import Router, change_sizes, choose
@@ -46,9 +47,7 @@ def test_the_target_loss_is_the_mean_over_rows_of_the_mean_over_tokens():
     log = scores.log_softmax(-1)
     rows = [-(log[0, 1, 2] + log[0, 2, 4]), -(log[1, 0, 1] + log[1, 1, 0] + log[1, 2, 3])]
     assert float(target_loss(scores, targets)) == pytest.approx(float(rows[0] / 2 + rows[1] / 3) / 2, abs=1e-6)
-    assert float(target_loss(scores, targets, compat=True)) == pytest.approx(
-        float(rows[0] / 3 + rows[1] / 4) / 2, abs=1e-6
-    )
+    assert float(target_loss(scores, targets, extra=1)) == pytest.approx(float(rows[0] / 3 + rows[1] / 4) / 2, abs=1e-6)
 
 
 def test_masks_depend_on_seed_and_shard_alone_and_overlap_by_chance():

@@ -11,7 +11,7 @@ from clkit.strategies.wise.core import Wise
 from clkit.strategies.wise.delta import SparseDelta
 from clkit.strategies.wise.masks import shard_mask
 from clkit.strategies.wise.merge import merge
-from clkit.strategies.wise.rows import build_published
+from clkit.strategies.wise.published import build_published
 from clkit.tasks.base import EditRecord
 
 

@@ -6,10 +6,11 @@ import pytest
 import torch
 from wise_models import edited, quick, record, tiny
 
+from clkit.editing.prefix import position_ids
 from clkit.errors import RequestError
+from clkit.evaluation.packing import packed_logliks, rowwise_logliks
 from clkit.models.routing import marking_prompt
 from clkit.strategies.wise.core import Wise
-from clkit.strategies.wise.prefix import position_ids
 from clkit.strategies.wise.side_memory import SideMemory
 
 PROMPTS = ["Town of 0?", "Town of 1?", "Something else entirely", "Sum of 2?", "ab", "Town of 2?"]
@@ -190,3 +191,16 @@ def test_a_weak_live_shard_does_not_veto_another_memory():
     live.threshold = 1e9  # ... and does not pass
     closed.threshold = 0.0
     assert routes(wise, [record(0).prompt])[0] == [closed.name]
+
+
+@pytest.mark.parametrize("logliks", [packed_logliks, rowwise_logliks])
+def test_options_are_scored_by_the_memory_that_answers_their_prompt(wise, logliks):
+    prompts, _ = zip(*[encode(wise, [text]) for text in PROMPTS], strict=True)
+    options = [[[70, 71, 72, 73, 74], [80]]] * len(PROMPTS)
+    names = [routes(wise, [text])[0][0] for text in PROMPTS]
+    with torch.inference_mode():
+        found = logliks(wise.model.module, [p[0].tolist() for p in prompts], options)
+        for name, prompt, values in zip(names, prompts, found, strict=True):
+            with wise.router.forced(name):
+                alone = logliks(wise.model.module, [prompt[0].tolist()], options[:1])[0]
+            assert values == pytest.approx(alone, abs=1e-4)

@@ -125,3 +125,9 @@ def test_every_edit_is_logged(content):
     text = (result.run_dir / "events.jsonl").read_text()
     steps = [e for e in map(json.loads, text.splitlines()) if "losses" in e]
     assert len(steps) == 6 and set(steps[0]["losses"]) == {"target", "margin"}
+
+
+def test_scoring_amid_a_batch_changes_nothing(content, tmp_path):
+    whole = api.run(resolve.validate(content))
+    often = {**content, "output_dir": str(tmp_path / "often"), "eval": {"max_new_tokens": 2, "every_steps": 1}}
+    assert (api.run(resolve.validate(often)).matrix == whole.matrix)[np.tril_indices(2)].all()

@@ -91,7 +91,7 @@ def build(
 
 def prompt_ids(form: PromptFormat, prompts: Sequence[str], max_length: int) -> list[list[int]]:
     """The tokens of each prompt as the model reads it before it answers."""
-    shown = form.render(prompts)
+    shown = form.render(prompts) if prompts else []
     tokens = form.tokenise(shown, [_ANY_WORD] * len(shown))
     return [_cut(t, max_length, "it has none of its own") for t in tokens]
 
@@ -119,20 +119,3 @@ def _padded(rows: list[list[int]], prompts: list[int], edits: int, pad: int) -> 
     learn = mask.bool() & ~prompt
     learn[edits:] = False
     return Rows(ids, mask, torch.where(learn, ids, -100), prompt, edits)
-
-
-def build_published(form: PromptFormat, prompt: str, target: str, contexts: Sequence[str], irrelevant: str) -> Rows:
-    """The rows as the published code makes them: labels by the padded width of the prompts, every position scored.
-
-    Where the irrelevant text is the longest row, tokens of the prompt are learned too; where it holds words of the
-    template's, they are not shown. Kept to compare numbers.
-    """
-    tokenizer = form.tokenizer
-    shown = form.render([prompt, *(f"{context} {prompt}" for context in contexts)])
-    ids = [list(tokenizer(text).input_ids) for text in (*(f"{s} {target}" for s in shown), irrelevant)]
-    width = max(len(tokenizer(s).input_ids) for s in shown)
-    input_ids, mask = pad_left(ids, tokenizer.pad_token_id)
-    labels = input_ids.clone()
-    labels[: len(shown), :width] = -100
-    labels[mask == 0] = -100
-    return Rows(input_ids, mask, labels, torch.ones_like(mask, dtype=torch.bool), len(shown))

@@ -135,18 +135,3 @@ def matrix_shape(module: nn.Module) -> tuple[int, int]:
     if found is None:
         raise CapabilityError(f"{type(module).__name__} is no linear layer; set strategy.layer to one")
     return found
-
-
-def dense_weight(module: nn.Module) -> Tensor:
-    """(out, in) float32 copy of a plain layer's matrix.
-
-    Raises:
-        CapabilityError: the layer has a bias, or is adapted or quantised.
-    """
-    weight = getattr(module, "weight", None)
-    if type(module) is not nn.Linear or module.bias is not None or not isinstance(weight, Tensor):
-        raise CapabilityError(
-            "strategy.compat reads the edited matrix itself, and the published code ignores a bias: take a model whose "
-            "down-projection is a plain linear layer without bias, adapter or quantisation, or leave compat away"
-        )
-    return weight.detach().float().clone()

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from clkit.editing.rows import Rows
+from clkit.models.location import Location
 from clkit.modes import evaluating
-from clkit.strategies.wise.location import Location
-from clkit.strategies.wise.rows import Rows
 
 
 def position_ids(mask: Tensor) -> Tensor:
@@ -148,7 +148,7 @@ class Prefix:
 
     Attributes:
         activations: (R, T, in) float32, what the projection reads.
-        base: (R, T, out) float32, what it gives without side memory.
+        base: (R, T, out) float32, what it gives without edits.
         block: the first block that has to run.
     """
 
@@ -164,7 +164,7 @@ class Prefix:
         self.targets = rows.labels[: rows.edits, self._at + 1]
 
     def logits(self, change: Tensor) -> Tensor:
-        """(E, P, vocabulary) where a target is predicted, with ``change`` (E, T, out) added by the side memory."""
+        """(E, P, vocabulary) where a target is predicted, with ``change`` (E, T, out) added by an edit."""
         reader = self._reader
         if self._direct:
             states = (self._states.float() + change).to(self._states.dtype)
