@@ -91,7 +91,7 @@ def build(
 
 def prompt_ids(form: PromptFormat, prompts: Sequence[str], max_length: int) -> list[list[int]]:
     """The tokens of each prompt as the model reads it before it answers."""
-    shown = form.render(prompts)
+    shown = form.render(prompts) if prompts else []
     tokens = form.tokenise(shown, [_ANY_WORD] * len(shown))
     return [_cut(t, max_length, "it has none of its own") for t in tokens]
 
