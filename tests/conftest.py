@@ -86,6 +86,31 @@ def text_content(tiny_llama, tmp_path) -> dict:
 
 
 @pytest.fixture
+def edit_content(tiny_llama, tmp_path) -> dict:
+    """A configuration (plain data): two batches of three edits on the tiny Llama."""
+    import json
+
+    files = []
+    for t in range(2):
+        file = tmp_path / f"edits{t}.jsonl"
+        rows = [
+            {"prompt": f"Town {t} of {i}?", "target_new": "ab"[i % 2], "locality_prompt": f"Sum {i}", "id": f"{t}-{i}"}
+            for i in range(3)
+        ]
+        file.write_text("".join(json.dumps(r) + "\n" for r in rows))
+        files.append(str(file))
+    return {
+        "output_dir": str(tmp_path / "run"),
+        "model": {"name": str(tiny_llama), "dtype": "float32", "prompt": "plain", "lora": {"r": 0}},
+        "tasks": {"source": "jsonl", "kind": "edit", "tasks": files},
+        "strategy": "wise",
+        "eval": {"max_new_tokens": 2},
+        "checkpoint": {"every_steps": 2},
+        "tracking": {"log_every": 1},
+    }
+
+
+@pytest.fixture
 def vision_content(tmp_path) -> dict:
     """A configuration (plain data): digits, two classes at a time, on a small convolutional network with batch norm."""
     return {

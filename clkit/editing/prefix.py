@@ -150,6 +150,7 @@ class Prefix:
         activations: (R, T, in) float32, what the projection reads.
         base: (R, T, out) float32, what it gives without edits.
         block: the first block that has to run.
+        states: (E, T, d) the hidden states of the edit rows that it reads, or that the last block gave.
     """
 
     def __init__(self, reader: Reader, rows: Rows, found: dict[str, Tensor], direct: bool) -> None:
@@ -159,7 +160,7 @@ class Prefix:
         self.activations = found["in"].float()
         self.base = found["out"].float()
         self.block = reader.location.block + int(direct)
-        self._states = found["block out" if direct else "block in"][: rows.edits]
+        self.states = found["block out" if direct else "block in"][: rows.edits]
         self._at = rows.learned
         self.targets = rows.labels[: rows.edits, self._at + 1]
 
@@ -167,10 +168,10 @@ class Prefix:
         """(E, P, vocabulary) where a target is predicted, with ``change`` (E, T, out) added by an edit."""
         reader = self._reader
         if self._direct:
-            states = (self._states.float() + change).to(self._states.dtype)
+            states = (self.states.float() + change).to(self.states.dtype)
             with reader.entering(self.block, states):
                 return reader.logits(self._rows, self._at)
-        with reader.entering(self.block, self._states), adding(reader.location.projection, change):
+        with reader.entering(self.block, self.states), adding(reader.location.projection, change):
             return reader.logits(self._rows, self._at)
 
 

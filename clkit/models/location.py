@@ -89,6 +89,13 @@ def locate(module: nn.Module, where: str, depth: float) -> Location:
     return Location(lm, decoder, blocks, index, name, names[name], matrix_shape(names[name]))
 
 
+def block_layers(location: Location) -> dict[str, nn.Module]:
+    """Every layer with one matrix in the model's blocks, by its name below the decoder."""
+    names = dict(location.decoder.named_modules())
+    prefix = next(n for n, m in names.items() if m is location.blocks)
+    return {name: names[name] for name in _matrices(names, f"{prefix}.")}
+
+
 def _is_blocks(module: nn.Module, count: int) -> bool:
     return isinstance(module, nn.ModuleList) and len(module) == count > 0
 

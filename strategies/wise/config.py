@@ -39,6 +39,11 @@ class WISEConfig(StrategyConfig):
     beta: float | None = opt(None, "smallest score wanted of the edit's prompts", above=0)
     gamma: float | None = opt(None, "smallest distance wanted between the two", above=0)
     clamp: float = opt(1.0, "largest change of one weight", above=0)
+    routing: str = opt(
+        "router",
+        "router: the prompt decides whether a memory answers; none: the one with the largest score always does",
+        choices=("router", "none"),
+    )
     slack: float = opt(0.88, "a memory answers above its threshold times this", above=0, max=1)
     stop_loss: float | None = opt(None, "an edit is learned when its loss is not above", min=0)
     contexts: int = opt(

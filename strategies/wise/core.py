@@ -54,7 +54,7 @@ class Wise:
         if config.compat:
             self._weight = dense_weight(location.projection)
             activation = _activation(location)
-        self.router = Router(self.config.slack, activation, config.compat)
+        self.router = Router(self.config.slack, activation, config.compat, config.routing == "none")
         self.reader = Reader(location, positions=not config.compat)
         self.layer = SideLayer(location, self.router)
         self.location = location

@@ -11,9 +11,9 @@ from clkit.checkpoint import pack, unpack
 from clkit.errors import CapabilityError
 from clkit.registry import STRATEGIES
 from clkit.result import RunResult
-from clkit.trainer import SequentialTrainer
+from clkit.trainer import SequentialTrainer, _Loop
 
-WORLDS = {"text": "text_content", "classification": "vision_content"}
+WORLDS = {"text": "text_content", "classification": "vision_content", "edit": "edit_content"}
 CASES = [
     pytest.param(name, world, id=f"{name}-{world}")
     for name in STRATEGIES.names()
@@ -39,7 +39,9 @@ OPTIONS = {"dp2unlearning": protected_base}
 
 
 def with_replay(content):
-    """Every strategy is also run with rehearsal under it."""
+    """Every strategy is also run with rehearsal under it; edits rehearse nothing."""
+    if content["tasks"].get("kind") == "edit":
+        return content
     return {**content, "strategy": {**content["strategy"], "replay": {"size": 10, "policy": "class-balanced"}}}
 
 
@@ -48,17 +50,21 @@ class Cut(Exception):
 
 
 def cut_after(monkeypatch, steps):
-    """Let the process end after that many optimiser steps."""
-    plain, done = SequentialTrainer._step, 0
+    """Let the process end after that many steps: of the optimiser, or edits."""
+    done = 0
 
-    def step(self, batch, task):
-        nonlocal done
-        if done == steps:
-            raise Cut
-        done += 1
-        return plain(self, batch, task)
+    def cut(plain):
+        def step(self, *arguments):
+            nonlocal done
+            if done == steps:
+                raise Cut
+            done += 1
+            return plain(self, *arguments)
 
-    monkeypatch.setattr(SequentialTrainer, "_step", step)
+        return step
+
+    monkeypatch.setattr(SequentialTrainer, "_step", cut(SequentialTrainer._step))
+    monkeypatch.setattr(_Loop, "done", cut(_Loop.done))
 
 
 def weights(run_dir):
@@ -122,11 +128,25 @@ def test_its_state_survives_packing_into_json_and_tensors(name, world, content):
         assert second.score_task(tasks[0]).value == first.score_task(tasks[0]).value
 
 
+def with_edits(base, result):
+    """The plain base model with a run's edits put on it."""
+    from transformers import AutoModelForCausalLM
+
+    from clkit.editing import attach
+
+    assert "clkit.Editor.load" in result.snippet and "attach(model" in result.snippet
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+    attach(model, result.run_dir / "export")
+    return model
+
+
 @pytest.mark.parametrize(("name", "world"), CASES)
 def test_what_it_exports_loads_without_a_run_and_scores_the_same(name, world, content):
     result = api.run(resolve.validate(content))
     tasks = build.make_tasks(resolve.validate(content))
-    if world == "text":
+    if world == "edit":
+        loaded = with_edits(content["model"]["name"], result)
+    elif world == "text":
         names: dict = {}
         assert "clkit" not in result.snippet, "a plain PEFT adapter or Hugging Face model"
         exec(result.snippet, names)
@@ -136,10 +156,10 @@ def test_what_it_exports_loads_without_a_run_and_scores_the_same(name, world, co
 
         loaded = load_classifier(result.run_dir / "export").module.eval()
     with api.open_run(result.run_dir) as trainer, trainer.serving(), torch.inference_mode():
-        batch = trainer.run.encodings.train(0).batch(torch.arange(4))
+        batch = trainer.run.encodings.train(0).batch(torch.arange(3))
         ours = trainer.model.module.eval()(**batch.inputs)
         theirs = loaded(**batch.inputs)
-        if world == "text":
+        if world != "classification":
             ours, theirs = ours.logits, theirs.logits
     assert torch.allclose(ours, theirs, atol=1e-6)
     assert tasks[0].name == result.tasks[0]
