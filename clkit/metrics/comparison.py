@@ -121,7 +121,7 @@ def front(points: ArrayLike, higher_is_better: Sequence[bool]) -> list[bool]:
     if x.ndim != 2 or x.shape[1] != len(higher_is_better):
         raise ValueError(f"`points` must have shape (N, {len(higher_is_better)}), got {x.shape}")
     x = x * np.where(np.asarray(higher_is_better), 1.0, -1.0)
-    whole = ~np.isnan(x).any(axis=1)
+    whole: NDArray[np.bool_] = np.asarray(~np.isnan(x).any(axis=1))
     known = x[whole]
 
     def beaten(row: NDArray[np.float64]) -> bool:

@@ -9,9 +9,10 @@ import torch
 from clkit import api, build, resolve
 from clkit.checkpoint import pack, unpack
 from clkit.errors import CapabilityError
+from clkit.loop import StepLoop
 from clkit.registry import STRATEGIES
 from clkit.result import RunResult
-from clkit.trainer import SequentialTrainer, _Loop
+from clkit.trainer import SequentialTrainer
 
 WORLDS = {"text": "text_content", "classification": "vision_content", "edit": "edit_content"}
 CASES = [
@@ -64,7 +65,7 @@ def cut_after(monkeypatch, steps):
         return step
 
     monkeypatch.setattr(SequentialTrainer, "_step", cut(SequentialTrainer._step))
-    monkeypatch.setattr(_Loop, "done", cut(_Loop.done))
+    monkeypatch.setattr(StepLoop, "done", cut(StepLoop.done))
 
 
 def weights(run_dir):
