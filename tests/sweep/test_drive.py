@@ -128,15 +128,11 @@ def test_slurm_where_there_is_none_is_an_error_that_says_so(write, sweep_content
     assert "sweep.launcher: " in capsys.readouterr().err
 
 
-@pytest.mark.slow
-def test_a_run_above_its_memory_limit_fails_and_the_others_are_done(write, sweep_content, tmp_path, capsys):
-    sweep_content["sweep"] |= {"launcher": LOCAL | {"jobs": 1, "memory_gib": 4}, "seeds": 1}
-    sweep_content["sweep"]["axes"] = {"model.hidden": {"values": {"large": [20000, 60000], "small": [8]}}}
-    assert main(["sweep", write(sweep_content)]) == 3
-    err = capsys.readouterr().err
-    assert "large seed 0: failed" in err and "small seed 0: average accuracy" in err
-    state = RunDirectory(tmp_path / "sweep" / "large" / "seed-0").state
-    assert state["state"] == "failed" and state["reason"]
+@pytest.mark.parametrize(("gib", "code"), [(0.5, 1), (0, 0)])
+def test_a_process_above_its_memory_limit_fails_to_allocate(gib, code):
+    program = f"from clkit.sweep.worker import limit_memory; limit_memory({gib}); bytearray(2**30)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == code and ("MemoryError" in done.stderr) == bool(code)
 
 
 def test_workers_see_their_threads_and_gpus(monkeypatch):
