@@ -117,6 +117,8 @@ def _relative(path: Path, folder: Path) -> str:
 def markdown(content: dict[str, Any]) -> str:
     """The certificate to read."""
     counts = {name: part["count"] for name, part in content["records"].items()}
+    left = [*content["superseded"]["still_there"], *content["superseded"]["cached_features"]]
+    others = ", ".join(content["superseded"]["other_runs_begun_before"])
     lines = [
         f"# Deletion certificate {content['job'][:16]}",
         "",
@@ -139,6 +141,9 @@ def markdown(content: dict[str, Any]) -> str:
             f"| {f['name']} | {'yes' if f['passed'] else 'NO'} | {json.dumps(f['figures'])} |"
             for f in content["verification"]
         ),
+        "",
+        f"Still on disk when this was issued: {', '.join(left) or 'nothing of the superseded run'}. Other runs that "
+        f"began before the records were forgotten: {others or 'none'}.",
         "",
         "Not claimed:",
         "",
