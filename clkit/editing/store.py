@@ -39,7 +39,7 @@ def fingerprint(module: nn.Module) -> str:
     for name in sorted(named):
         digest.update(f"{name} {tuple(named[name].shape)}".encode())
         for piece in torch.split(named[name].detach().reshape(-1), _CHUNK):
-            digest.update(piece.to(torch.bfloat16).cpu().view(torch.int16).numpy())
+            digest.update(piece.to(torch.bfloat16).cpu().view(torch.int16).numpy().tobytes())
     return digest.hexdigest()
 
 
