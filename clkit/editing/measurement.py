@@ -214,8 +214,10 @@ class Measure:
     def _answers(self, chosen: Sequence[int], before: Mapping[int, _Answer]) -> dict[int, _Answer]:
         """What the model, as it is, makes of the probes ``chosen``."""
         found = {i: _Answer() for i in chosen}
-        if self.readings & {"generated", "generated-normalised"} or any(self.probes[i].answer is None for i in chosen):
-            self._generate(found)
+        written = self.readings & {"generated", "generated-normalised"}
+        asked = {i: a for i, a in found.items() if written or (self.probes[i].answer is None and i not in before)}
+        if asked:
+            self._generate(asked)
         self._force(found, before)
         if "options" in self.readings:
             self._prefer(found)

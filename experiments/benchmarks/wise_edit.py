@@ -28,6 +28,7 @@ from torch import Tensor
 from clkit.config import LoraConfig, ModelConfig
 from clkit.editing.losses import target_loss
 from clkit.editing.prefix import position_ids
+from clkit.editing.rows import build
 from clkit.models import load_model
 from clkit.models.causal_lm import CausalLM
 from clkit.strategies.wise.config import WISEConfig
@@ -36,11 +37,11 @@ from clkit.strategies.wise.delta import SparseDelta
 from clkit.strategies.wise.losses import margin_loss
 from clkit.strategies.wise.masks import shard_mask
 from clkit.strategies.wise.merge import merge
-from clkit.strategies.wise.optimise import Objective
+from clkit.strategies.wise.optimise import Objective, Others
 from clkit.strategies.wise.side_memory import SideMemory
 from clkit.tasks.base import EditRecord
 
-RECORD = EditRecord("Which family does Epaspidoceras belong to?", "Noctuidae", "0", locality_prompt="who painted it?")
+RECORD = EditRecord("Which family does Epaspidoceras belong to?", "Noctuidae", "0")
 
 
 def smollm() -> CausalLM:
@@ -75,13 +76,15 @@ def show(times: dict[str, list[float]], base: str) -> None:
 
 def edit(rounds: int) -> None:
     """One step, cached against full."""
-    wise = Wise(smollm(), WISEConfig(layer="25", negatives=0))
-    rows = wise._rows(RECORD)
+    wise = Wise(smollm(), WISEConfig(layer="25"))
+    own, irrelevant = wise._rows(RECORD), "who painted it?"
+    rows = build(wise.model.form, RECORD.prompt, RECORD.target_new, wise._contexts, [irrelevant], 256, eos=True)
+    others = Others(wise._stacked([]), wise._stacked([irrelevant]))
     print(f"rows {tuple(rows.input_ids.shape)}, targets {len(rows.learned)}")
     with wise.router.switched_off():
-        prefix = wise.reader.prefix(rows)
-        settings = wise._settings(prefix.activations, prefix.base, rows)
-        objective = Objective(prefix, rows, wise.router, settings)
+        prefix = wise.reader.prefix(own)
+        settings = wise._settings(prefix.activations, prefix.base, own)
+        objective = Objective(prefix, own, wise.router, settings, others=others)
         start = 1e-3 * torch.randn(wise.location.shape, generator=torch.Generator().manual_seed(0))
 
         def cached() -> Tensor:

@@ -7,8 +7,8 @@
 
 A run is a directory OUT/DATA/METHOD/T-SEED: its groups of T edits, each an ordinary directory of edits with a journal,
 and result.json. Finished runs are skipped, killed ones go on after their last edit. The seed draws the edits and is the
-method's own (masks). Writes OUT/summary.csv (a row per run, moment, aspect and reading), OUT/summary.md (the tables of
-docs/results/editing.md) and OUT/failures.md (what the router got wrong, prompt by prompt).
+method's own (masks). Writes into OUT/DATA: summary.csv (a row per run, moment, aspect and reading), summary.md (the
+tables of docs/results/editing.md) and failures.md (what the router got wrong, prompt by prompt).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ import yaml
 from data import SETS, Edits, draw
 
 from clkit.errors import ClkitError, ConfigError, did_you_mean
-from clkit.metrics.editing import ASPECTS, estimate
+from clkit.metrics.editing import ASPECTS, estimate, perplexity
 from clkit.registry import STRATEGIES
 
 HERE = Path(__file__).parent
@@ -267,10 +267,10 @@ def _further(results: Sequence[Mapping[str, Any]]) -> str:
     lines = []
     for method, size, mine in _groups(results):
         final = [r["measured"][str(size)]["all"] for r in mine]
-        tokens = sum(sum(f["tokens"]) for f in final)
-        perplexity = f"{2.718281828459045 ** (sum(sum(f['nll']) for f in final) / tokens):.2f}" if tokens else ""
+        nll, tokens = ([v for f in final for v in f[key]] for key in ("nll", "tokens"))
+        ppl = f"{perplexity(nll, tokens):.2f}" if sum(tokens) else ""
         cells = [_interval(_cases(mine, aspect, reading, part)) for _, part, aspect, reading in kinds]
-        lines.append([method, str(size), str(len(mine)), *cells, perplexity])
+        lines.append([method, str(size), str(len(mine)), *cells, ppl])
     return _markdown(head, lines)
 
 
@@ -346,7 +346,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             for run in runs:
                 if not run.result.exists():
                     print(execute(run, content), flush=True)
-        write(arguments.out, collect(runs))
+        write(arguments.out / arguments.data, collect(runs))
     except ClkitError as error:
         print(error, file=sys.stderr)
         return error.exit_code

@@ -72,7 +72,7 @@ def test_runs_are_measured_skipped_and_compared(modules, command, tmp_path, caps
     assert len(result["measured"]["3"]["all"]["cases"]["reliability"]["tokens"]) == 3
     singles = json.loads((tmp_path / "out/zsre/wise/1-0/result.json").read_text())
     assert len(singles["measured"]["1"]["all"]["cases"]["locality"]["generated"]) == 2, "two groups of one edit"
-    with (tmp_path / "out/summary.csv").open() as file:
+    with (tmp_path / "out/zsre/summary.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert {(r["T"], r["after"]) for r in rows} == {("1", "1"), ("3", "1"), ("3", "3")}
     assert {"reliability", "near locality"} <= {r["aspect"] for r in rows}

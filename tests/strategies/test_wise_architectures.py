@@ -9,11 +9,12 @@ from wise_models import ARCHITECTURES, edited, logits, quick, record, tiny
 
 from clkit.editing.losses import target_loss
 from clkit.editing.prefix import position_ids
+from clkit.editing.rows import build
 from clkit.errors import CapabilityError, ConfigError
 from clkit.models.location import locate
 from clkit.strategies.wise.core import Wise
 from clkit.strategies.wise.losses import margin_loss
-from clkit.strategies.wise.optimise import Objective
+from clkit.strategies.wise.optimise import Objective, Others
 from clkit.strategies.wise.side_memory import SideMemory
 
 TEXT = "Town of 1?"
@@ -53,15 +54,17 @@ def full_pass(wise, rows, matrix, settings):
 @pytest.mark.parametrize("layer", ["0", "1", "-1"])
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_the_cached_prefix_has_the_gradients_of_a_full_pass(name, layer):
-    wise = Wise(tiny(name), quick(layer=layer))
-    rows = wise._rows(record(1))
+    wise, edit = Wise(tiny(name), quick(layer=layer)), record(1)
+    rows = wise._rows(edit)
+    whole = build(wise.model.form, edit.prompt, edit.target_new, wise._contexts, [edit.locality_prompt], 200, eos=True)
+    others = Others(wise._stacked([]), wise._stacked([edit.locality_prompt]))
     with wise.router.switched_off():
         prefix = wise.reader.prefix(rows)
         settings = wise._settings(prefix.activations, prefix.base, rows)
         matrix = 0.01 * torch.randn(wise.location.shape, generator=torch.Generator().manual_seed(0))
         matrix.requires_grad_()
-        ours = Objective(prefix, rows, wise.router, settings)(matrix)[:2]
-        theirs = full_pass(wise, rows, matrix, settings)
+        ours = Objective(prefix, rows, wise.router, settings, others=others)(matrix)[:2]
+        theirs = full_pass(wise, whole, matrix, settings)
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
     (mine,), (full,) = torch.autograd.grad(sum(ours), matrix), torch.autograd.grad(sum(theirs), matrix)
