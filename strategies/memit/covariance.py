@@ -46,4 +46,5 @@ def readers(keys: Tensor, moment: KeyMoment, weight: float) -> Tensor:
     solved = moment.solve(keys) / weight
     gram = keys.double() @ solved.T
     eye = torch.eye(len(keys), dtype=torch.float64, device=keys.device)
-    return torch.linalg.solve(eye + gram, solved).float().contiguous()  # as it is when it was saved and loaded
+    found: Tensor = torch.linalg.solve(eye + gram, solved).float()
+    return found.contiguous()  # as it is when it was saved and loaded

@@ -28,4 +28,4 @@ def tokens_after(form: PromptFormat, prompt: str, target: str, subject: str | No
     inside = sum(begin < end for begin, _ in offsets)
     (tokens,) = form.tokenise([shown], [target])
     answer = tokens.answer - (len(tokens.ids) - len(offsets))  # without BOS
-    return max(answer - inside, 0)
+    return int(max(answer - inside, 0))

@@ -117,7 +117,10 @@ class Wise:
             )
         irrelevant = self._irrelevant(record)
         if config.compat:
-            return build_published(form, record.prompt, record.target_new, self._contexts, irrelevant[0])
+            published: rows.Rows = build_published(
+                form, record.prompt, record.target_new, self._contexts, irrelevant[0]
+            )
+            return published
         return rows.build(
             form, record.prompt, record.target_new, self._contexts, irrelevant, self.model.max_length, config.eos
         )
