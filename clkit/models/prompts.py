@@ -62,6 +62,8 @@ class PromptFormat:
         self.eos: int = tokenizer.eos_token_id
         self._bos: list[int] = [] if self.chat else self._leading_special_tokens()
         self._head, self._tail = self._template_parts() if self.chat else ("", "")
+        # What comes before the user's own text, as tokens: BOS, or the template's opening.
+        self.opening: list[int] = self._bos + list(tokenizer(self._head, add_special_tokens=False).input_ids)
 
     def _leading_special_tokens(self) -> list[int]:
         """What the tokenizer puts before plain text (BOS or nothing); a chat template writes its own."""

@@ -140,6 +140,8 @@ class PromptRouter:
         return generate
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.off:  # also a pass of the plain model within one that is being decided
+            return
         given = self._signature.bind_partial(module, *args, **kwargs).arguments
         given |= given.pop("kwargs", {})
         cache = next((given[name] for name in CACHES if given.get(name) is not None), None)
@@ -153,6 +155,8 @@ class PromptRouter:
         self._local.call = Pass(kept, given.get("attention_mask"), cache, int(length))
 
     def _after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if self.off:
+            return
         call, self._local.call = getattr(self._local, "call", None), None
         if call is None or call.choice is None:
             return

@@ -1,0 +1,187 @@
+"""GRACE as a strategy: prompts near an edit's get another output of one projection, all others are not touched."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from clkit.config import opt
+from clkit.editing.descent import descend
+from clkit.editing.layer_edits import LayerEdits, LearnedEditConfig
+from clkit.editing.losses import target_loss
+from clkit.editing.strategy import EditOutcome, Explanation
+from clkit.models.causal_lm import CausalLM
+from clkit.models.routing import PromptRouter, at_last_token, last_token
+from clkit.modes import evaluating
+from clkit.strategies.grace.codebook import Codebook, Entry, admit, distances, nearest, unit
+from clkit.tasks.base import EditRecord
+
+_PLACE = "codebook"
+
+
+@dataclass
+class GraceConfig(LearnedEditConfig):
+    """Options of GRACE."""
+
+    radius: float = opt(0.4, "deferral radius of a new key, between activations of length 1", above=0, max=2)
+    steps: int = opt(100, "most steps per edit", min=1)
+    learning_rate: float = opt(0.1, "step size of Adam, relative to the size of the layer's outputs", above=0)
+    contexts: int = opt(0, "texts that the model writes itself, put before the prompt, one row each", min=0, max=10)
+
+
+class Grace(LayerEdits):
+    """A codebook beside one projection (Hartvigsen et al., NeurIPS 2023, arXiv 2211.11031).
+
+    docs/strategies/editing.md has rules, defaults and deviations.
+    """
+
+    config_class = GraceConfig
+
+    def attach(self, model: CausalLM, seed: int) -> None:
+        """Watch the projection."""
+        super().attach(model, seed)
+        self.entries: list[Entry] = []
+        self.router = PromptRouter()
+        self.router.install(self.location.lm, self.location.decoder)
+        self._hook = self.location.projection.register_forward_hook(self._replace)
+
+    def detach(self) -> None:
+        """Take everything off; the model is what it was, bit for bit."""
+        self._hook.remove()
+        self.router.remove()
+        self.location.projection._modules.pop(_PLACE, None)
+
+    def unedited(self) -> AbstractContextManager[None]:
+        """Within, no output is replaced."""
+        return self.router.switched_off()
+
+    # --- learning ---------------------------------------------------------------------------------------------------
+    def learn(self, record: EditRecord) -> EditOutcome:
+        """Put one edit into the codebook and learn its value.
+
+        Raises:
+            NumericalError: the loss is not finite; nothing has changed.
+            RequestError: the edit does not fit the model; nothing has changed.
+        """
+        entries, place = self._admit(self.entries, record)
+        value, losses = self._train(record, entries[place].value)
+        entries[place] = replace(entries[place], value=value)
+        self.edits[record.id] = record.prompt
+        self._put(entries)
+        return EditOutcome(entries[place].name, len(losses), {"target": losses[-1]})
+
+    def _admit(self, entries: Sequence[Entry], record: EditRecord) -> tuple[list[Entry], int]:
+        key = unit(self.reading(record.prompt))
+        found: tuple[list[Entry], int] = admit(entries, record.id, key, record.target_new, self.config.radius)
+        return found
+
+    def _train(self, record: EditRecord, value: Tensor | None) -> tuple[Tensor, list[float]]:
+        """The value that answers a record, from ``value`` or what the layer gives, and the losses."""
+        found, prefix = self.prefix(record)
+        base, prompt = prefix.base[: found.edits], found.prompt[: found.edits]
+        last = last_token(prompt, prompt.shape[1], found.edits)
+        answer = torch.arange(prompt.shape[1], device=prompt.device) >= last[:, None]
+        made = (base[0, last[0]] if value is None else value).clone().requires_grad_()
+
+        def loss() -> Tensor:
+            return target_loss(prefix.logits((made - base) * answer[..., None]), prefix.targets)
+
+        size = float(base[answer].square().mean().sqrt())
+        with self.unedited(), evaluating(self.model.module):
+            losses = descend(
+                loss,
+                [made],
+                steps=self.config.steps,
+                learning_rate=self.config.learning_rate * size,
+                stop_loss=self.config.stop_loss,
+            )
+        return made.detach(), losses
+
+    def forget(self, ids: Sequence[str], records: Mapping[str, EditRecord]) -> list[str]:
+        """Take edits out: the codebook is made anew of the others, as if these had never been.
+
+        Radii that were split because of them are whole again. Values are kept where an entry still has the same edits;
+        only the others are learned again.
+        """
+        rest = [i for i in self.edits if i not in set(ids)]
+        entries: list[Entry] = []
+        for i in rest:
+            entries, _ = self._admit(entries, records[i])
+        known = {e.edits: e.value for e in self.entries}
+        again: list[str] = []
+        for place, entry in enumerate(entries):
+            value = known.get(entry.edits)
+            if value is None:
+                for i in entry.edits:
+                    value, _ = self._train(records[i], value)
+                again += entry.edits
+            entries[place] = replace(entry, value=value)
+        for i in ids:
+            self.edits.pop(i, None)
+        self._put(entries)
+        return again
+
+    # --- answering --------------------------------------------------------------------------------------------------
+    def _put(self, entries: Sequence[Entry]) -> None:
+        """Make ``entries`` the codebook: buffers below the projection, which move with the model."""
+        self.entries = list(entries)
+        self.location.projection._modules.pop(_PLACE, None)
+        values = [e.value for e in entries if e.value is not None]
+        if entries:
+            radii = torch.tensor([e.radius for e in entries])
+            book = Codebook(torch.stack([e.key for e in entries]), torch.stack(values), radii)
+            self.location.projection.add_module(_PLACE, book.to(self.location.device))
+
+    def _replace(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        """From the last token of the prompt on, the value of the entry that answers."""
+        book = module._modules.get(_PLACE)
+        if not isinstance(book, Codebook) or self.router.off:
+            return output
+        x, call = args[0], self.router.current()
+        if call.choice is None or len(call.choice) != len(x):
+            mask = self.router.prompt_mask(call, x)
+            last = last_token(mask, x.shape[1], len(x)) + call.past
+            call.choice = list(zip(book.find(at_last_token(x, mask)[:, 0]), last.tolist(), strict=True))
+        if all(k < 0 for k, _ in call.choice):
+            return output
+        result = output.clone()
+        for row, (k, last) in enumerate(call.choice):
+            if k >= 0:
+                result[row, max(last - call.past, 0) :] = book.values[k].to(output.dtype)
+        return result
+
+    def holdings(self) -> dict[str, list[str]]:
+        """Edits per entry."""
+        return {e.name: list(e.edits) for e in self.entries}
+
+    def explain(self, prompt: str) -> Explanation:
+        """Which entry answers; scores are distances and thresholds radii, both negative so that more is nearer."""
+        if not self.entries:
+            return Explanation(None, {}, {})
+        gaps = distances(unit(self.reading(prompt))[None], torch.stack([e.key for e in self.entries]))
+        chosen = self.entries[int(nearest(gaps))]
+        names = [e.name for e in self.entries]
+        scores = {name: -gap for name, gap in zip(names, gaps[0].tolist(), strict=True)}
+        memory = chosen.name if -scores[chosen.name] <= chosen.radius else None
+        return Explanation(memory, scores, {e.name: -e.radius for e in self.entries}, self.nearest(prompt))
+
+    # --- state ------------------------------------------------------------------------------------------------------
+    def memory_state(self) -> dict[str, Any]:
+        """The entries."""
+        return {**super().memory_state(), "entries": [asdict(e) for e in self.entries]}
+
+    def load_memory_state(self, state: dict[str, Any]) -> None:
+        """Inverse of :meth:`memory_state`."""
+        super().load_memory_state(state)
+        device = self.location.device
+        self._put(
+            [
+                Entry(e["key"].to(device), e["radius"], e["target"], tuple(e["edits"]), e["value"].to(device))
+                for e in state["entries"]
+            ]
+        )

@@ -1,0 +1,75 @@
+"""Every method of editing in the Editor and on the command line: edit, save, load, go on, take back."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+import clkit
+from clkit.cli import main
+from clkit.registry import STRATEGIES
+
+METHODS = [n for n in STRATEGIES.names() if STRATEGIES.get(n).capabilities.kinds == {"edit"}]
+PROMPTS = ("Town of 0? ", "Town of 2? ", "something else")  # the space before an answer ends a plain prompt
+
+
+def requests(*numbers):
+    return [clkit.EditRequest(prompt=f"Town of {i}?", target_new="ab"[i % 2], id=f"e{i}") for i in numbers]
+
+
+def answers(editor):
+    found = []
+    for prompt in PROMPTS:
+        ids = torch.tensor([editor.model.tokenizer(prompt).input_ids])
+        with torch.inference_mode():
+            found.append(editor.model.module(ids).logits)
+    return found
+
+
+def same(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def section(name):
+    """Few steps, for methods that take any."""
+    options = vars(STRATEGIES.get(name).config_class())
+    return {"name": name} | ({"steps": 4, "contexts": 1} if "steps" in options else {})
+
+
+def test_all_of_them_are_here():
+    assert {"wise", "mask_none", "grace", "ft_layer", "lora_edit", "memit", "in_context"} <= set(METHODS)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_it_saves_loads_goes_on_and_takes_back(name, tiny_llama, tmp_path):
+    editor = clkit.Editor.load(tiny_llama, section(name), device="cpu", prompt="plain")
+    plain = answers(editor)
+    made = editor.edit(requests(0, 1))
+    assert [e["id"] for e in made] == ["e0", "e1"]
+    assert sorted(i for ids in editor.memories().values() for i in ids) == ["e0", "e1"]
+    editor.save(tmp_path / "saved")
+    loaded = clkit.Editor.load(tmp_path / "saved", device="cpu", prompt="plain")
+    assert same(answers(editor), answers(loaded)) and not same(answers(editor), plain)
+    assert isinstance(editor.generate("Town of 0?", 3), str)
+    assert editor.explain("Town of 0?").nearest[0][0] == "e0"
+    for each in (editor, loaded):
+        each.edit(requests(2))
+        each.rollback("e1")
+    assert same(answers(editor), answers(loaded))
+    for i in ("e0", "e2"):
+        editor.rollback(i)
+    assert same(answers(editor), plain) and not editor.memories()
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_command_line_knows_it(name, tiny_llama, tmp_path, capsys):
+    file = tmp_path / "edits.jsonl"
+    file.write_text(
+        "".join(json.dumps({"prompt": r.prompt, "target_new": r.target_new}) + "\n" for r in requests(0, 1))
+    )
+    options = [f"{k}={v}" for k, v in section(name).items() if k != "name"]
+    arguments = ["edit", "--model", str(tiny_llama), "--requests", str(file), "--output", str(tmp_path / "out")]
+    assert main([*arguments, "--strategy", name, "--device", "cpu", *(["--set", *options] if options else [])]) == 0
+    assert "2 active edits" in capsys.readouterr().out
