@@ -94,8 +94,8 @@ def push(directory: Path, name: str, *, public: bool = False) -> str:
         api.upload_folder(repo_id=name, folder_path=directory, commit_message="Export by clkit")
     except _errors() as error:
         raise ModelError(
-            f"--push-to-hub {name}: not uploaded ({_first_line(error)}). Check the name (user/repository), the network and "
-            "the token (`hf auth login`, or HF_TOKEN)."
+            f"--push-to-hub {name}: not uploaded ({_first_line(error)}). Check the name (user/repository), the network "
+            "and the token (`hf auth login`, or HF_TOKEN)."
         ) from error
     return str(address)
 
