@@ -215,7 +215,8 @@ def multiples(groups: Sequence[Group]) -> list[Drawing]:
         Drawing(
             f"compare-setting-{i + 1}",
             shortened([label], 34)[0],
-            f"Runs: {len(groups[i].entries)}. Band: 95 % interval, from three on; thin lines: two single runs. Grey: other settings.",
+            f"Runs: {len(groups[i].entries)}. Band: 95 % interval, from three runs on; thin: two single runs. "
+            "Grey: the other settings.",
             partial(_multiple, lines=lines, which=i),
             (230, 170),
         )
