@@ -215,7 +215,8 @@ def multiples(groups: Sequence[Group]) -> list[Drawing]:
         Drawing(
             f"compare-setting-{i + 1}",
             shortened([label], 34)[0],
-            f"Runs: {len(groups[i].entries)}. Band: 95 % interval. Grey: the other settings.",
+            f"Runs: {len(groups[i].entries)}. Band: 95 % interval, from three runs on; thin: two single runs. "
+            "Grey: the other settings.",
             partial(_multiple, lines=lines, which=i),
             (230, 170),
         )
@@ -241,7 +242,9 @@ def _multiple(axes: Any, lines: Sequence[tuple[str, NDArray[np.float64]]], which
         mean = rows[:, kept].mean(axis=0)
         style: dict[str, Any] = {"color": SERIES[0], "linewidth": 2.2, "marker": "o"} if chosen else {"color": GRID}
         axes.plot(steps[kept], mean, **(style if chosen or kept.sum() > 1 else style | {"marker": "o"}))
-        if chosen and len(rows) > 1:
+        if chosen and len(rows) == 2:  # the interval of two would fill the panel
+            axes.plot(steps, rows.T, color=SERIES[0], linewidth=0.8, alpha=0.6)
+        if chosen and len(rows) > 2:
             found = [interval(rows[:, k].tolist()) for k in np.flatnonzero(kept)]
             half = np.array([(f.half or 0.0) if f is not None else 0.0 for f in found])
             axes.fill_between(steps[kept], mean - half, mean + half, color=SERIES[0], alpha=0.18, linewidth=0)

@@ -118,7 +118,7 @@ def test_cost_counts_parameters_and_exemplars(vision_content):
     vision_content = content(vision_content, []) | {"strategy": {"name": "replay", "replay": {"size": 5}}}
     result = run(resolve.validate(vision_content))
     cost = History.read(result.run_dir).last_cost
-    assert cost["parameters"] == cost["trainable_parameters"] == 64 * 8 + 8 + 8 * 10 + 10
+    assert cost["parameters"] == cost["trainable_parameters"] == 64 * 8 + 8 + 8 * 4 + 4
     assert cost["model_bytes"] == 4 * cost["parameters"]
     assert cost["exemplars"] == 5 and cost["exemplar_bytes"] == 5 * 64 * 4
     assert cost["peak_memory_bytes"] > 10 * 2**20

@@ -160,9 +160,9 @@ def test_the_live_page_follows_the_run(browser, runs, tmp_path):
                 assert "Nothing was written down yet" in visit.page.locator("main").inner_text()
                 time.sleep(1)  # until the script has asked for the first version
                 (tmp_path / "events.jsonl").write_text("".join(lines[:middle]))
-                visit.page.get_by_role("rowheader", name="after task-1").wait_for(timeout=30_000)
+                visit.page.get_by_role("rowheader", name="after task-1").first.wait_for(timeout=30_000)
                 (tmp_path / "events.jsonl").write_text("".join(lines))
-                visit.page.get_by_role("rowheader", name="after task-3").wait_for(timeout=30_000)
+                visit.page.get_by_role("rowheader", name="after task-3").first.wait_for(timeout=30_000)
                 assert visit.errors == []
                 assert all(url.startswith((address, "data:")) for url in visit.requests)
         finally:

@@ -22,7 +22,7 @@ from clkit.result import RunResult
 class Page(HTMLParser):
     """Checks that tags are balanced and ids unique; collects what an element could load."""
 
-    VOID = {"meta", "link", "input", "br", "path", "use", "rect", "line", "circle"}
+    VOID = {"wbr", "meta", "link", "input", "br", "path", "use", "rect", "line", "circle"}
 
     def __init__(self, text: str) -> None:
         super().__init__()
