@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from clkit.checkpoint import clone_state
 from clkit.config import StrategyConfig, opt
 from clkit.errors import Problem
-from clkit.modes import evaluating, swapped
-from clkit.strategy import Losses, Strategy
+from clkit.modes import evaluating
+from clkit.strategy import Capabilities, Losses, Strategy, on_deepspeed
 from clkit.tasks.base import Task
 from clkit.tasks.batch import Batch, count_targets
 
@@ -52,6 +52,7 @@ class LwF(Strategy):
     """
 
     config_class = LwFConfig
+    capabilities = Capabilities(**on_deepspeed())
 
     def __init__(self, config: Any = None) -> None:
         super().__init__(config)
@@ -97,7 +98,8 @@ class LwF(Strategy):
 
     def _teacher_logits(self, batch: Batch) -> Tensor:
         model = self.run.model
-        with torch.no_grad(), evaluating(model.module), swapped(model.module, self._teacher or {}):
+        teacher = self.run.engine.swapped(model.module, self._teacher or {})
+        with torch.no_grad(), evaluating(model.module), teacher:
             return model.logits(batch)
 
     def _distil(self, batch: Batch, part: Batch, rows: Tensor, student: Tensor, teacher: Tensor) -> Tensor:

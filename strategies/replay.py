@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from clkit.config import ReplayConfig, StrategyConfig, opt
 from clkit.errors import Problem
-from clkit.strategy import Strategy
+from clkit.strategy import Capabilities, Strategy, on_deepspeed
 
 
 @dataclass
@@ -23,6 +23,7 @@ class Replay(Strategy):
     """
 
     config_class = RehearsalConfig
+    capabilities = Capabilities(**on_deepspeed())
 
     @classmethod
     def check(cls, config: RehearsalConfig) -> list[Problem]:

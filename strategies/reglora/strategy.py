@@ -13,7 +13,7 @@ from clkit.strategies.reglora.config import RegLoRAConfig
 from clkit.strategies.reglora.masks import extend, from_state, to_state
 from clkit.strategies.reglora.sparse import Mask, dense_penalty, penalty
 from clkit.strategies.reglora.top import random_entries, top_entries
-from clkit.strategy import RunContext, add_gradient
+from clkit.strategy import RunContext
 from clkit.tasks.base import Task
 
 
@@ -39,12 +39,13 @@ class RegLoRA(FreshLora):
             return
         strength = config.lam * config.every / (config.n_div or len(self.layers))
         losses = []
-        for name, layer in self.layers.items():
-            loss, d_b, d_a = self._penalty(name, layer)
-            scale = layer.scaling ** (1 if config.norm == "l1" else 2) if config.scaled else 1.0
-            add_gradient(layer.B, d_b, strength * scale)
-            add_gradient(layer.A, d_a, strength * scale)
-            losses.append(loss * scale)
+        with self.factors():
+            for name, layer in self.layers.items():
+                loss, d_b, d_a = self._penalty(name, layer)
+                scale = layer.scaling ** (1 if config.norm == "l1" else 2) if config.scaled else 1.0
+                self.run.engine.add_gradient(layer.B, d_b, strength * scale)
+                self.run.engine.add_gradient(layer.A, d_a, strength * scale)
+                losses.append(loss * scale)
         done = position.step + 1
         if done == 1 or done % self.run.config.tracking.log_every == 0:
             self.run.log("regulariser", strength * float(torch.stack(losses).sum()))
@@ -61,10 +62,11 @@ class RegLoRA(FreshLora):
     # --- between tasks ----------------------------------------------------------------------------------------------
     def end_task(self, task: Task) -> None:
         """Extend the masks, add the update to the sum, and start a fresh adapter."""
-        for name, layer in self.layers.items():
-            if self.config.mask != "all":
-                rows, cols = self._chosen(layer)
-                self.masks[name] = extend(self.masks.get(name), rows, cols, layer.shape, self.config.accumulate)
+        if self.config.mask != "all":
+            with self.factors():
+                for name, layer in self.layers.items():
+                    rows, cols = self._chosen(layer)
+                    self.masks[name] = extend(self.masks.get(name), rows, cols, layer.shape, self.config.accumulate)
         super().end_task(task)
 
     def _chosen(self, layer: AdaptedLayer) -> tuple[Tensor, Tensor]:
