@@ -82,6 +82,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     _config_arguments(validate)
 
+    capacity = _add(
+        commands,
+        "plan",
+        _plan,
+        "estimate memory on several GPUs and name the cheapest ZeRO stage that fits",
+        "clkit plan configs/deepspeed/lora_8_gpus.yaml --gpus 8 --gpu-memory 80GiB",
+    )
+    _config_arguments(capacity)
+    capacity.add_argument("--gpus", type=int, default=1, metavar="N", help="how many (default: %(default)s)")
+    capacity.add_argument("--gpu-memory", default="80GiB", metavar="SIZE", help="of each (default: %(default)s)")
+
     evaluate = _add(
         commands,
         "eval",
@@ -250,6 +261,14 @@ def _validate(arguments: Any) -> None:
         api.check(configs)
     for config in configs:
         print(describe(config) + "\n")
+
+
+def _plan(arguments: Any) -> None:
+    from clkit import capacity
+
+    memory = capacity.parse_size(arguments.gpu_memory)
+    for config in _load(arguments)[1]:
+        print(capacity.plan(config, arguments.gpus, memory) + "\n")
 
 
 def _eval(arguments: Any) -> None:

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from clkit.config import TrainConfig
-from clkit.engine.group import Group
 from clkit.rng import Streams
 from clkit.tasks.augment import augmented
 from clkit.tasks.batch import Batch
 
 if TYPE_CHECKING:
+    from clkit.engine.base import Engine
     from clkit.strategy import Strategy
 
 Share = dict[str, float]
@@ -21,26 +21,25 @@ Share = dict[str, float]
 
 
 def dealt(
-    batch: Batch, train: TrainConfig, strategy: Strategy, group: Group, streams: Streams
+    batch: Batch, train: TrainConfig, strategy: Strategy, engine: Engine, streams: Streams
 ) -> list[tuple[Batch, Share]]:
-    """This process's micro-batches of a batch, in order, each with its shares (none where it is the whole batch).
+    """This process's micro-batches of a batch, on the device, each with its shares (none where it is the whole batch).
 
     All processes get equally many. One that would have nothing to do repeats the first part with a share of 0.
     """
-    parts = split_batch(batch, train.micro_batch, group.world)
-    if train.augment != "none" and group.world > 1:
+    rank, world = engine.group.rank, engine.group.world
+    parts = split_batch(batch, train.micro_batch, world)
+    given: list[Share] = shares(parts, strategy) if max(world, len(parts)) > 1 else [{}]
+    if world == 1:
+        parts = [augmented(part.to(engine.device), train.augment, streams) for part in parts]
+        return list(zip(parts, given, strict=True))
+    if train.augment != "none":
         # Drawn for the batch in its own order, so that the number of processes makes no difference.
         whole = augmented(batch, train.augment, streams)
-        for part, rows in zip(parts, _cut(batch, train.micro_batch, group.world), strict=True):
+        for part, rows in zip(parts, _cut(batch, train.micro_batch, world), strict=True):
             part.inputs = {name: value[rows] for name, value in whole.inputs.items()}
-    else:
-        parts = [augmented(part, train.augment, streams) for part in parts]
-    if group.world == len(parts) == 1:
-        return [(parts[0], {})]
-    given = shares(parts, strategy)
-    idle = -len(parts) % group.world
-    pairs = [*zip(parts, given, strict=True), *[(parts[0], dict.fromkeys(given[0], 0.0))] * idle]
-    return pairs[group.rank :: group.world]
+    pairs = [*zip(parts, given, strict=True), *[(parts[0], dict.fromkeys(given[0], 0.0))] * (-len(parts) % world)]
+    return [(part.to(engine.device), share) for part, share in pairs[rank::world]]
 
 
 def cut(count: int, replayed: Tensor | None, size: int, processes: int) -> list[Tensor]:

@@ -139,6 +139,17 @@ class Strategy(ABC):
         """Problems between options, found before anything is loaded; ``where`` is ``strategy.<key>``."""
         return []
 
+    @classmethod
+    def kept_bytes(cls, config: Any, sizes: Mapping[str, int], tasks: int) -> int:
+        """What it keeps on every device beside model and optimiser, at most, for ``clkit plan``.
+
+        Args:
+            config: its options.
+            sizes: numbers in all (``parameters``) and in training (``trainable``).
+            tasks: how many tasks there are.
+        """
+        return 0
+
     # --- set-up -----------------------------------------------------------------------------------------------------
     def setup(self, run: RunContext) -> None:
         """Attach adapters, build heads, declare what is trained. Called once per process, also before a resume.

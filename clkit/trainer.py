@@ -189,9 +189,8 @@ class SequentialTrainer:
         """One optimiser step; returns the detached loss terms."""
         strategy, engine = self.strategy, self.engine
         sums: dict[str, torch.Tensor] = {}
-        parts = dealt(batch, self.config.train, strategy, engine.group, self.run.streams)
+        parts = dealt(batch, self.config.train, strategy, engine, self.run.streams)
         for number, (part, share) in enumerate(parts, 1):
-            part = part.to(engine.device)
             with engine.autocast():
                 terms = strategy.loss(part)
                 if share:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,6 +51,11 @@ class EWC(Strategy):
 
     config_class = EWCConfig
     capabilities = Capabilities(**on_deepspeed())
+
+    @classmethod
+    def kept_bytes(cls, config: Any, sizes: Mapping[str, int], tasks: int) -> int:
+        """The Fisher matrix and its centre."""
+        return 8 * sizes["trainable"]
 
     @classmethod
     def check(cls, config: EWCConfig) -> list[Problem]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,6 +58,11 @@ class LwF(Strategy):
     def __init__(self, config: Any = None) -> None:
         super().__init__(config)
         self._teacher: dict[str, Tensor] | None = None
+
+    @classmethod
+    def kept_bytes(cls, config: Any, sizes: Mapping[str, int], tasks: int) -> int:
+        """The teacher."""
+        return 4 * sizes["trainable"]
 
     @classmethod
     def check(cls, config: LwFConfig) -> list[Problem]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,6 +48,12 @@ class OLoRA(FreshLora):
     """
 
     config_class = OLoRAConfig
+
+    @classmethod
+    def kept_bytes(cls, config: Any, sizes: Mapping[str, int], tasks: int) -> int:
+        """Also A of each finished task, about half of an adapter."""
+        updates: int = super().kept_bytes(config, sizes, tasks)
+        return updates + 2 * sizes["trainable"] * (tasks - 1)
 
     def setup(self, run: RunContext) -> None:
         """See the base class; there is nothing to be orthogonal to yet."""

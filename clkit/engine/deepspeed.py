@@ -26,6 +26,7 @@ from clkit.engine.settings import DeepSpeedConfig, conflicts, own_problems, read
 from clkit.engine.zero import Partitions, Pieces, Replicas, Slices
 from clkit.errors import CapabilityError, ClkitError, ConfigError, Problem
 from clkit.models.base import Model
+from clkit.models.lora import true_shape
 from clkit.models.noise import routed
 
 # Stands among the users of a gathered parameter, so that no forward pass inside the context gives it back.
@@ -103,7 +104,8 @@ class DeepSpeedEngine(LocalEngine):
             del kept
 
     def _settings(self) -> dict[str, Any]:
-        return settings(self.config, read_settings(self.config.config_file)[0])
+        trained = sum(true_shape(p).numel() for p in self._parameters)
+        return settings(self.config, read_settings(self.config.config_file)[0], trained)
 
     def prepare(self, model: Model) -> None:
         """See the contract; under ZeRO-3 the weights are partitioned here, so that they can be scored before training.

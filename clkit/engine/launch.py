@@ -66,11 +66,21 @@ def quiet() -> None:
 
 
 def report(error: ClkitError) -> None:
-    """Show an error once: under :func:`start` that process does it, else the first process of the run."""
+    """Show an error once.
+
+    Under :func:`start` that process does it, else the first process of the run; what only another one met, torchrun
+    names as the root cause.
+    """
     if os.environ.get(_LAUNCHED):
         _leave(f"clkit: {error}")
     elif rank() == 0:
         print(f"clkit: {error}", file=sys.stderr)
+    elif "TORCHELASTIC_ERROR_FILE" in os.environ:
+        from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+        get_error_handler().record_exception(error)
+    else:
+        print(f"clkit: process {rank()}: {error}", file=sys.stderr)
 
 
 def _leave(text: str) -> None:
@@ -85,7 +95,7 @@ def start(count: int, arguments: Sequence[str]) -> None:
     Raises:
         ProcessError: a process failed; carries that error.
     """
-    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException, Std
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -111,6 +121,8 @@ def start(count: int, arguments: Sequence[str]) -> None:
         except ChildFailedError as error:
             codes = {number: failure.exitcode for number, failure in error.failures.items()}
             raise _cause(codes, Path(notes), error) from None
+        except SignalException:  # the launcher has passed it on, and the processes have saved what they had
+            raise KeyboardInterrupt from None
         finally:
             del os.environ[_LAUNCHED]
 

@@ -22,6 +22,8 @@ _OURS = {
     "activation_checkpointing": "model.gradient_checkpointing",
 }
 
+_BUCKET = 500_000_000  # DeepSpeed's default
+
 
 @dataclass
 class DeepSpeedConfig(EngineConfig):
@@ -119,14 +121,16 @@ def _device(section: Any) -> Any:
     return section.get("device") if isinstance(section, Mapping) else section
 
 
-def settings(config: DeepSpeedConfig, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The whole configuration for ``deepspeed.initialize``.
+def settings(config: DeepSpeedConfig, given: Mapping[str, Any], trained: int = 0) -> dict[str, Any]:
+    """The whole configuration for ``deepspeed.initialize``; ``trained`` is how many numbers are trained.
 
     Scaling, clipping and types are off here, because the engine does them itself, as the local one does: DeepSpeed
     clips at 1.0 unless it is told not to.
     """
     zero = {k: v for k, v in dict(given.get("zero_optimization") or {}).items() if v != "auto"}
     zero["stage"] = config.zero_stage
+    if trained:  # DeepSpeed sets a bucket of its full size aside: 2 GB for a few megabytes of adapters
+        zero.setdefault("reduce_bucket_size", min(_BUCKET, trained))
     for key, device in (("offload_optimizer", config.offload_optimizer), ("offload_param", config.offload_parameters)):
         if device != "none":
             section = zero.get(key)

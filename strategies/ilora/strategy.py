@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
@@ -82,6 +82,11 @@ class ILoRA(Strategy):
         self.slow: dict[str, Tensor] = {}
         self._fast: dict[str, nn.Parameter] = {}
         self._layers: list[int] = []
+
+    @classmethod
+    def kept_bytes(cls, config: Any, sizes: Mapping[str, int], tasks: int) -> int:
+        """The slow learner."""
+        return 4 * sizes["trainable"]
 
     @classmethod
     def check(cls, config: ILoRAConfig) -> list[Problem]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -25,6 +26,12 @@ class RegLoRA(FreshLora):
     """
 
     config_class = RegLoRAConfig
+
+    @classmethod
+    def kept_bytes(cls, config: Any, sizes: Mapping[str, int], tasks: int) -> int:
+        """Also masks: 12 bytes for a chosen entry, if no two tasks choose the same."""
+        updates: int = super().kept_bytes(config, sizes, tasks)
+        return updates + round(12 * config.fraction * sizes["parameters"]) * (tasks - 1)
 
     def setup(self, run: RunContext) -> None:
         """See the base class; nothing is protected yet."""

@@ -54,8 +54,9 @@ def kill_second_process(parent: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.kill
-def test_a_killed_process_ends_all_is_named_once_and_one_process_finishes_the_run_of_two(file, text_content, tmp_path):
-    overrides = ["engine=deepspeed", "engine.zero_stage=2", f"output_dir={tmp_path / 'two'}"]
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_killed_process_ends_all_and_one_process_finishes_the_run_of_two(file, text_content, tmp_path, stage):
+    overrides = ["engine=deepspeed", f"engine.zero_stage={stage}", f"output_dir={tmp_path / 'two'}"]
     run = subprocess.Popen(command(file, 2, *overrides), env=environment(), stderr=subprocess.PIPE, text=True)
     try:
         deadline = time.monotonic() + 240

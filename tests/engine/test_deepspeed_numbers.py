@@ -152,3 +152,24 @@ def test_a_checkpoint_is_the_same_whatever_wrote_it(local):
         assert sorted(p.name for p in exported.iterdir()) == sorted(
             p.name for p in Path(local["folder"], "local", "reglora", "export").iterdir()
         )
+
+
+@pytest.mark.slow
+def test_half_precision_follows_the_local_engine(local):
+    """A base in half precision, float32 adapters, autocast; float16 with a loss scale that first has to come down."""
+
+    def typed(run: dict, dtype: str) -> dict:
+        return run | {"model": local["model"] | {"dtype": dtype}}
+
+    runs = []
+    for dtype in ("bfloat16", "float16"):
+        api.run(resolve.validate(typed(run_of(local, "naive", f"{dtype}-local", {"name": "local"}), dtype)))
+        for stage in (0, 2, 3):
+            runs.append(typed(run_of(local, "naive", f"{dtype}-{stage}", deepspeed(local, stage)), dtype))
+    talk("run_many.py", runs, 2)
+    for run in runs:
+        ours = Path(run["output_dir"])
+        plain = Path(local["folder"], f"{run['model']['dtype']}-local", "naive")
+        assert len(steps(ours)) == len(steps(plain)) >= 3
+        for mine, yours in zip(steps(ours), steps(plain), strict=True):
+            assert mine == pytest.approx(yours, rel=0.02)

@@ -24,6 +24,13 @@ def test_clipping_and_types_are_always_written():
     assert told["comms_logger"] == {"enabled": False}, "what does not concern the run is passed on"
 
 
+def test_the_bucket_is_no_larger_than_what_is_trained():
+    assert settings(DeepSpeedConfig(), {}, 1000)["zero_optimization"]["reduce_bucket_size"] == 1000
+    assert settings(DeepSpeedConfig(), {}, 10**10)["zero_optimization"]["reduce_bucket_size"] == 500_000_000
+    given = {"zero_optimization": {"reduce_bucket_size": 7}}
+    assert settings(DeepSpeedConfig(), given, 1000)["zero_optimization"]["reduce_bucket_size"] == 7
+
+
 def run(text_content, tmp_path, given=None, **engine):
     if given is not None:
         file = tmp_path / "ds.json"
