@@ -12,6 +12,7 @@ from torch import nn
 
 from clkit import build, resolve
 from clkit.config import RunConfig
+from clkit.engine import launch
 from clkit.errors import CheckpointError, ClkitError, ConfigError, Problem
 from clkit.models import wrap
 from clkit.models.base import Model
@@ -19,7 +20,7 @@ from clkit.progress import Progress
 from clkit.provenance import collect
 from clkit.registry import STRATEGIES
 from clkit.result import RunResult
-from clkit.rundir import RunDirectory
+from clkit.rundir import RunDirectory, run_directory
 from clkit.strategy import Strategy
 from clkit.tasks.base import TaskSequence
 from clkit.trainer import SequentialTrainer
@@ -121,7 +122,7 @@ def run(
     if left_out := len(forgotten.places(given)):
         progress.say(f"{left_out} records are left out, because deletion requests took them out")
     strategy = strategy or build.make_strategy(config.strategy)
-    directory = RunDirectory(config.output_dir, config.checkpoint.keep)
+    directory = run_directory(config.output_dir, config.checkpoint.keep, launch.rank() == 0)
     finished = directory.finished and not fresh
     engine = None if finished else build.check(config, tasks, strategy.capabilities)
     with directory.locked():
@@ -133,9 +134,11 @@ def run(
         if engine is None:
             progress.say(f"{directory.path}: already finished; here is its result (--fresh starts again)")
             return RunResult.load(directory.path)
+        engine.any(False)  # nobody reads the directory before the first process has put it in order
         with directory.recording_failure():
             if model is None:
-                model = build.make_model(config.model, tasks, config.seed, progress.say, engine.device)
+                with engine.loading():
+                    model = build.make_model(config.model, tasks, config.seed, progress.say, engine.device)
             elif isinstance(model, nn.Module):
                 model = wrap(model)
             build.check_model_kind(model, tasks)
@@ -247,7 +250,8 @@ def open_run(
     with directory.locked():
         directory.begin(resolve.to_dict(config), collect(tasks))
         if model is None:
-            model = build.make_model(config.model, tasks, config.seed, lambda text: None, engine.device)
+            with engine.loading():
+                model = build.make_model(config.model, tasks, config.seed, lambda text: None, engine.device)
         trainer = SequentialTrainer(model, build.make_strategy(config.strategy), config, engine=engine)
         trainer.directory = directory
         if not trainer.prepare(tasks, read_only=True):

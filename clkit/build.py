@@ -157,6 +157,7 @@ def check(config: RunConfig, tasks: TaskSequence, capabilities: Any) -> Engine:
         check_capabilities(config.strategy.name, capabilities, tasks)
     except CapabilityError as error:
         errors.append(error)
+    errors += ENGINES.get(config.engine.name).refuse(config, capabilities)
     errors += _metric_errors(tasks, config.eval.also)
     errors += [ConfigError(str(p)) for p in tracking.problems(config.tracking.to)]
     try:

@@ -36,7 +36,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ClkitError as error:
         if arguments.debug:
             raise
-        print(f"clkit: {error}", file=sys.stderr)
+        from clkit.engine.launch import report
+
+        report(error)
         return error.exit_code
     except KeyboardInterrupt:
         print("clkit: interrupted; the same command again goes on from the last checkpoint", file=sys.stderr)
@@ -66,6 +68,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     _config_arguments(run)
     run.add_argument("--fresh", action="store_true", help="delete an earlier run in the same directory first")
+    run.add_argument(
+        "--num-processes",
+        type=int,
+        default=1,
+        metavar="N",
+        help="processes on this machine (engine=deepspeed)",
+    )
     run.add_argument("--quiet", action="store_true", help="print nothing but errors and the result")
 
     add_sweep_command(commands, _add)
@@ -78,6 +87,17 @@ def _parser() -> argparse.ArgumentParser:
         "clkit validate configs/text_sequence.yaml",
     )
     _config_arguments(validate)
+
+    capacity = _add(
+        commands,
+        "plan",
+        _plan,
+        "estimate memory on several GPUs and name the cheapest ZeRO stage that fits",
+        "clkit plan configs/deepspeed/lora_8_gpus.yaml --gpus 8 --gpu-memory 80GiB",
+    )
+    _config_arguments(capacity)
+    capacity.add_argument("--gpus", type=int, default=1, metavar="N", help="how many (default: %(default)s)")
+    capacity.add_argument("--gpu-memory", default="80GiB", metavar="SIZE", help="of each (default: %(default)s)")
 
     evaluate = _add(
         commands,
@@ -186,27 +206,60 @@ def _load(arguments: Any) -> tuple[Any, list[Any]]:
 
 def _run(arguments: Any) -> None:
     from clkit import api
+    from clkit.engine import launch
     from clkit.progress import Progress
     from clkit.report import write_report
     from clkit.result import compare_text
 
     base, configs = _load(arguments)
+    if _launched(arguments, configs):
+        return
+    main = launch.rank() == 0
     if len(configs) > 1:  # the last one must not fail after the others have run for hours
         api.check(configs)
     results = []
     for config in configs:
-        progress = Progress(enabled=not arguments.quiet, bars=config.tracking.progress)
+        progress = Progress(enabled=main and not arguments.quiet, bars=config.tracking.progress)
         progress.say(f"== {config.name}: {config.strategy.name} in {config.output_dir}")
         result = api.run(config, fresh=arguments.fresh, progress=progress)
+        if not main:
+            continue
         write_report([result], Path(config.output_dir) / "report.html")
         print(f"\n{result.name}\n{result.summary()}\n")
         results.append(result)
         report = Path(config.output_dir) / "report.html"
+    if not main:
+        return
     if len(results) > 1:
         report = Path(base.output_dir) / "report.html"
         write_report(results, report)
         print(compare_text(results) + "\n")
     print(f"Report: {report}")
+
+
+def _launched(arguments: Any, configs: Sequence[Any]) -> bool:
+    """Start the processes that --num-processes asks for; True when they have done the work.
+
+    Raises:
+        ConfigError: the number is wrong, or the engine is one for a single process.
+    """
+    from clkit.engine import launch
+
+    count = arguments.num_processes
+    if count < 1:
+        raise ConfigError(f"--num-processes: got {count}, expected at least 1")
+    if launch.running():
+        launch.quiet()
+        if count not in (1, launch.world()):
+            raise ConfigError(f"--num-processes: got {count}, but the launcher started {launch.world()}; drop one")
+    alone = [c.name for c in configs if c.engine.name != "deepspeed"]
+    if alone and max(count, launch.world()) > 1:
+        raise ConfigError(f"run '{alone[0]}': its engine is a single process; set engine=deepspeed for several")
+    if count == 1 or launch.running():
+        return False
+    flags = [name for name, on in (("--fresh", arguments.fresh), ("--quiet", arguments.quiet)) if on]
+    launch.start(count, ["run", arguments.config, *arguments.overrides, *flags, *(["--debug"] * arguments.debug)])
+    return True
 
 
 def _validate(arguments: Any) -> None:
@@ -218,6 +271,14 @@ def _validate(arguments: Any) -> None:
         api.check(configs)
     for config in configs:
         print(describe(config) + "\n")
+
+
+def _plan(arguments: Any) -> None:
+    from clkit import capacity
+
+    memory = capacity.parse_size(arguments.gpu_memory)
+    for config in _load(arguments)[1]:
+        print(capacity.plan(config, arguments.gpus, memory) + "\n")
 
 
 def _eval(arguments: Any) -> None:

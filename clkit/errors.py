@@ -88,6 +88,12 @@ class NumericalError(ClkitError):
     """A loss or a gradient became NaN or infinite; the last good checkpoint stays."""
 
 
+class ProcessError(ClkitError):
+    """A process of a run on several ended early; the same command resumes."""
+
+    exit_code = 1
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return `` Did you mean 'x'?`` for the nearest known name, or an empty string."""
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import secrets
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,18 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def replace_directory(directory: Path, write: Callable[[Path], str]) -> str:
+    """Make or replace a directory, whole or not at all; returns the text that ``write`` gives, with its final path."""
+    temporary = directory.with_name(f".tmp-{directory.name}")
+    with disk_errors(directory):
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        text = write(temporary)
+        shutil.rmtree(directory, ignore_errors=True)
+        temporary.replace(directory)
+    return text.replace(str(temporary), str(directory))
 
 
 def file_sha256(path: Path) -> str:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 from clkit.errors import CapabilityError
 from clkit.models.lora_sum import AdaptedLayer, PastUpdates, adapted_layers
-from clkit.strategy import Capabilities, RunContext, Strategy
+from clkit.strategy import Capabilities, RunContext, Strategy, on_deepspeed
 from clkit.tasks.base import Task
 
 
@@ -36,7 +38,12 @@ class FreshLora(Strategy):
         past: the finished tasks' updates.
     """
 
-    capabilities = Capabilities(kinds=frozenset({"text"}), needs_lora=True, causal=True)
+    capabilities = Capabilities(kinds=frozenset({"text"}), needs_lora=True, causal=True, **on_deepspeed())
+
+    @classmethod
+    def kept_bytes(cls, config: Any, sizes: Mapping[str, int], tasks: int) -> int:
+        """The updates of finished tasks, which stay factors on a base in half precision."""
+        return 4 * sizes["trainable"] * (tasks - 1)
 
     def setup(self, run: RunContext) -> None:
         """Find the adapted layers.
@@ -48,11 +55,18 @@ class FreshLora(Strategy):
         self.layers = require_adapter(self)
         self.past = PastUpdates(run.model.module, self.layers)
 
+    def factors(self, write: bool = False) -> AbstractContextManager[None]:
+        """Within, the adapters' matrices are whole."""
+        matrices = [parameter for layer in self.layers.values() for parameter in (layer.A, layer.B)]
+        return self.run.engine.gathered(matrices, write)
+
     def end_task(self, task: Task) -> None:
         """Add the update to the sum, and start a fresh adapter."""
-        self.past.add({name: layer.update() for name, layer in self.layers.items()})
-        for layer in self.layers.values():
-            layer.reset(self.run.streams["fresh adapter"])
+        engine = self.run.engine
+        with self.factors(write=True), engine.gathered(self.past.folded, write=True):
+            self.past.add({name: layer.update() for name, layer in self.layers.items()})
+            for layer in self.layers.values():
+                layer.reset(self.run.streams["fresh adapter"])
 
     def export(self, directory: Path) -> str:
         """Write one plain PEFT adapter: all tasks' factors side by side, exactly the sum of their updates."""
@@ -66,4 +80,5 @@ class FreshLora(Strategy):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Inverse of :meth:`state_dict`."""
         super().load_state_dict(state)
-        self.past.load_state_dict(state["past"])
+        with self.run.engine.gathered(self.past.folded, write=True):
+            self.past.load_state_dict(state["past"])

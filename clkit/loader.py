@@ -132,19 +132,6 @@ class Pool(Encoded):
         return torch.cat(pieces)
 
 
-def split_batch(batch: Batch, size: int) -> list[Batch]:
-    """Cut a batch into micro-batches of at most ``size`` rows, each collated on its own (less padding)."""
-    if not size or len(batch) <= size:
-        return [batch]
-    cuts = range(0, len(batch), size)
-    parts = []
-    for start in cuts:
-        part = batch.source.batch(batch.indices[start : start + size])
-        part.replayed = None if batch.replayed is None else batch.replayed[start : start + size]
-        parts.append(part)
-    return parts
-
-
 def epoch_order(
     count: int, batch_size: int, generator: torch.Generator, lengths: np.ndarray | None = None
 ) -> list[Tensor]:

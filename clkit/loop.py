@@ -34,7 +34,7 @@ class StepLoop(TaskLoop):
 
     def step(self, batch: Batch) -> dict[str, float]:
         """Take one step; its loss terms as numbers."""
-        return {name: float(value) for name, value in self._take(batch).items()}
+        return self._trainer.engine.total({name: float(value) for name, value in self._take(batch).items()})
 
     def done(self, losses: dict[str, float]) -> None:
         """Count a step that the strategy took."""
@@ -55,6 +55,8 @@ class StepLoop(TaskLoop):
         if step % config.tracking.log_every == 0 or step == 1:
             losses = {name: float(value) for name, value in terms.items()}
             extra = {} if rate is None else {"learning_rate": rate}
+            if rate is not None:  # what a strategy did by itself it did whole, on every process
+                losses = trainer.engine.total(losses)
             trainer.observer.event("step", task=self._task.name, step=step, losses=losses, **extra)
             now = time.perf_counter()
             self._bar.show(losses, self._tokens / max(now - self._since, 1e-9))
@@ -64,5 +66,5 @@ class StepLoop(TaskLoop):
             title = f"step {step} of {self._task.name}"
             trainer._score(lambda scores: np.full(len(trainer.scored), math.nan), title, further=False)
             trainer.model.module.train()
-        if trainer._stop or (config.checkpoint.every_steps and step % config.checkpoint.every_steps == 0):
+        if trainer._stopping() or (config.checkpoint.every_steps and step % config.checkpoint.every_steps == 0):
             trainer._checkpoint()

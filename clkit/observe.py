@@ -94,9 +94,9 @@ class Observer:
             "cost",
             task=tasks[stage].name,
             stage=stage,
-            parameters=sum(p.numel() for p in module.parameters()),
-            trainable_parameters=sum(p.numel() for p in strategy.parameters()),
-            model_bytes=sum(t.numel() * t.element_size() for t in tensors),
+            parameters=sum(map(_size, module.parameters())),
+            trainable_parameters=sum(map(_size, strategy.parameters())),
+            model_bytes=sum(_size(t) * t.element_size() for t in tensors),
             exemplars=len(held),
             exemplar_bytes=exemplar_bytes(tasks, held),
             peak_memory_bytes=peak_memory(strategy.run.engine.device),
@@ -107,6 +107,11 @@ class Observer:
         for tracker in self._trackers:
             tracker.close()
         self._trackers = []
+
+
+def _size(tensor: torch.Tensor) -> int:
+    """Numbers in a tensor; of one that ZeRO-3 splits over processes, in all its parts."""
+    return int(getattr(tensor, "ds_numel", tensor.numel()))
 
 
 def peak_memory(device: torch.device) -> int | None:

@@ -8,7 +8,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -281,6 +281,56 @@ class RunDirectory:
         if self._events is not None:
             self._events.close()
             self._events = None
+
+
+class _FollowerStore(CheckpointStore):
+    """Reads what the first process wrote."""
+
+    def save(self, state: dict[str, Any]) -> Path:
+        """Nothing."""
+        return self.directory
+
+    def _set_aside(self, paths: Iterable[Path], why: str) -> None:
+        """Nothing."""
+
+
+class Follower(RunDirectory):
+    """The run directory as every process but the first sees it: it reads and never writes."""
+
+    def __init__(self, path: str | Path, keep: int = 2) -> None:
+        super().__init__(path, keep)
+        self.checkpoints = _FollowerStore(self.path / "checkpoints", keep)
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """The first process holds the lock."""
+        yield
+
+    def clear(self) -> None:
+        """Nothing."""
+
+    def begin(self, config: dict[str, Any], facts: dict[str, Any]) -> None:
+        """Nothing."""
+
+    def bind_model(self, provenance: dict[str, Any]) -> None:
+        """Nothing."""
+
+    def write(self, name: str, value: Any) -> None:
+        """Nothing."""
+
+    def write_rows(self, name: str, rows: Sequence[Any]) -> None:
+        """Nothing."""
+
+    def status(self, state: str, **detail: Any) -> None:
+        """Nothing."""
+
+    def open_events(self, offset: int) -> None:
+        """Nothing: events go nowhere."""
+
+
+def run_directory(path: str | Path, keep: int, main: bool) -> RunDirectory:
+    """The run directory for this process; ``main``: it is the one that writes."""
+    return RunDirectory(path, keep) if main else Follower(path, keep)
 
 
 def fixed(config: Any) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from clkit.cache import RowCache
-from clkit.checkpoint import tensor_dict
 from clkit.config import RunConfig, StrategyConfig, TrainConfig
 from clkit.engine.base import Engine
 from clkit.errors import CapabilityError, CheckpointError, Problem
@@ -53,6 +52,14 @@ class Capabilities:
     needs_task_id: bool = False
     needs_lora: bool = False
     causal: bool = False
+
+
+def on_deepspeed(last_stage: int = 3, also: Collection[str] = ()) -> dict[str, Any]:
+    """What the capabilities of a strategy say that also runs on DeepSpeed, up to a ZeRO stage, and on other engines.
+
+    Stage 3 is for those that read and write parameters only where the engine has gathered them.
+    """
+    return {"engines": frozenset({"local", "deepspeed", *also}), "zero_stages": frozenset(range(last_stage + 1))}
 
 
 @dataclass
@@ -120,6 +127,7 @@ class Strategy(ABC):
     """A method. The defaults of every hook are plain sequential fine-tuning, with rehearsal if it is configured.
 
     A strategy never touches the optimiser, the device, the process group or the file system: it asks ``run.engine``.
+    Outside a forward pass it reads and writes parameters within ``run.engine.gathered`` (ZeRO-3 keeps pieces of them).
     """
 
     config_class: ClassVar[type] = StrategyConfig
@@ -142,6 +150,17 @@ class Strategy(ABC):
         Raises:
             ConfigError: something outside the configuration is missing, such as a run to start from.
         """
+
+    @classmethod
+    def kept_bytes(cls, config: Any, sizes: Mapping[str, int], tasks: int) -> int:
+        """What it keeps on every device beside model and optimiser, at most, for ``clkit plan``.
+
+        Args:
+            config: its options.
+            sizes: numbers in all (``parameters``) and in training (``trainable``).
+            tasks: how many tasks there are.
+        """
+        return 0
 
     # --- set-up -----------------------------------------------------------------------------------------------------
     def setup(self, run: RunContext) -> None:
@@ -266,7 +285,7 @@ class Strategy(ABC):
         return {}
 
     def after_backward(self) -> None:
-        """Gradients exist and are unscaled; before clipping and the update."""
+        """Gradients exist and are unscaled; before clipping and the update. Add to them by ``engine.add_gradient``."""
 
     def after_step(self) -> None:
         """After each update: once per optimiser step, never per micro-batch."""
@@ -320,7 +339,7 @@ class Strategy(ABC):
     # --- state ------------------------------------------------------------------------------------------------------
     def model_state(self) -> dict[str, Tensor]:
         """Tensors of the module that training changes: what was trainable after ``setup``, and all buffers."""
-        return tensor_dict(self.run.model.module, self._trained)
+        return self.run.engine.tensors(self.run.model.module, self._trained)
 
     def load_model_state(self, state: dict[str, Tensor]) -> None:
         """Inverse of :meth:`model_state`.
@@ -335,7 +354,10 @@ class Strategy(ABC):
                 f"the checkpoint's tensors are not those of this model ({len(odd)} differ, such as '{odd[0]}'); it was "
                 "made by another version or strategy, so start a new run."
             )
-        self.run.model.module.load_state_dict(state, strict=False)
+        module = self.run.model.module
+        written = [p for n, p in module.named_parameters(remove_duplicate=False) if n in state]
+        with self.run.engine.gathered(written, write=True):
+            module.load_state_dict(state, strict=False)
 
     def state_dict(self) -> dict[str, Any]:
         """All that a resume needs beyond the module and the optimiser: nested dicts of JSON and tensors."""
@@ -358,14 +380,4 @@ def one_pass(strategy: Strategy, train: TrainConfig, stage: int) -> TrainConfig:
     return replace(train, epochs=1, steps=min(train.steps, strategy.epoch_steps(stage)))
 
 
-def add_gradient(parameter: nn.Parameter, gradient: Tensor, factor: float = 1.0) -> None:
-    """Add ``factor * gradient`` to a parameter's gradient; for :meth:`Strategy.after_backward`.
-
-    A penalty that depends on no data belongs there: once per step, whatever the micro-batches.
-    """
-    if parameter.grad is None:
-        parameter.grad = torch.zeros_like(parameter)
-    parameter.grad.add_(gradient, alpha=factor)
-
-
-__all__ = ["Capabilities", "Losses", "Pool", "Position", "RunContext", "Strategy", "TaskLoop", "add_gradient"]
+__all__ = ["Capabilities", "Losses", "Pool", "Position", "RunContext", "Strategy", "TaskLoop"]

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -26,11 +25,12 @@ from clkit.cache import RowCache, computed_root
 from clkit.card import card
 from clkit.checkpoint import CheckpointStore
 from clkit.config import EngineConfig, RunConfig
+from clkit.dealing import dealt
 from clkit.engine.base import Engine
 from clkit.engine.local import LocalEngine
 from clkit.errors import NumericalError
 from clkit.evaluation.base import Score, evaluate_all
-from clkit.files import disk_errors
+from clkit.files import replace_directory
 from clkit.loader import Encodings
 from clkit.loop import StepLoop
 from clkit.models.base import Model
@@ -40,11 +40,10 @@ from clkit.provenance import answer_styles, collect
 from clkit.resolve import to_dict
 from clkit.result import RunResult
 from clkit.rng import Streams
-from clkit.rundir import RunDirectory
+from clkit.rundir import RunDirectory, run_directory
 from clkit.scores import Scores
 from clkit.signals import Interrupted, stop_on_signal
 from clkit.strategy import Position, RunContext, Strategy, total_loss
-from clkit.tasks.augment import augmented
 from clkit.tasks.base import Task, TaskSequence
 from clkit.tasks.batch import Batch
 from clkit.unlearning.tombstones import in_force
@@ -77,10 +76,10 @@ class SequentialTrainer:
         self.model, self.strategy, self.config = coerce(model, strategy, config)
         self.engine = engine or LocalEngine(EngineConfig())
         if isinstance(directory, (str, Path)):
-            directory = RunDirectory(directory, self.config.checkpoint.keep)
+            directory = run_directory(directory, self.config.checkpoint.keep, self.engine.is_main)
         self.directory = directory
         self.progress = progress or Progress(enabled=False)
-        self._stop = False
+        self._stop = self._asked = False
         self._initial_done = self._learned = False
 
     # --- the run ----------------------------------------------------------------------------------------------------
@@ -106,7 +105,7 @@ class SequentialTrainer:
                 return self._fit(tasks)
 
     def _fit(self, tasks: TaskSequence) -> RunResult:
-        self._stop = False
+        self._stop = self._asked = False
         self.prepare(tasks)
         self.run.encodings.check()
         state = self.position
@@ -199,11 +198,9 @@ class SequentialTrainer:
     def _step(self, batch: Batch, task: Task) -> dict[str, torch.Tensor]:
         """One optimiser step; returns the detached loss terms."""
         strategy, engine = self.strategy, self.engine
-        parts = engine.parts(batch, self.config.train.micro_batch)
-        shares = self._shares(parts) if len(parts) > 1 else [{}]
         sums: dict[str, torch.Tensor] = {}
-        for part, share in zip(parts, shares, strict=True):
-            part = augmented(part.to(engine.device), self.config.train.augment, self.run.streams)
+        parts = dealt(batch, self.config.train, strategy, engine, self.run.streams)
+        for number, (part, share) in enumerate(parts, 1):
             with engine.autocast():
                 terms = engine.losses(strategy, part)
                 if share:
@@ -211,27 +208,24 @@ class SequentialTrainer:
                 total = total_loss(terms)
             for name, value in terms.items():
                 sums[name] = sums[name] + value.detach() if name in sums else value.detach()
-            if not math.isfinite(total.detach()):
-                raise self._not_finite("loss", {k: float(v) for k, v in sums.items()}, task, part.ids)
-            engine.backward(total)
+            finite = math.isfinite(total.detach())
+            if engine.any(not finite):
+                ids = [] if finite else part.ids
+                raise self._not_finite("loss", {k: float(v) for k, v in sums.items()}, task, ids)
+            engine.backward(total, last=number == len(parts))
         engine.unscale()
         strategy.after_backward()
         norm = engine.step()
         if norm is not None and not math.isfinite(norm):
-            raise self._not_finite("gradient norm", {"norm": norm}, task, batch.ids)
+            raise self._not_finite("gradient norm", {"norm": norm}, task, batch.ids if engine.is_main else [])
         self._previous = batch
         self.uses.note(batch, self.position.total_steps)
         self.position.advance()
         strategy.after_step()
         return sums
 
-    def _shares(self, parts: list[Batch]) -> list[dict[str, float]]:
-        """Each micro-batch's part of every loss term, so that the sum is the mean over the whole batch."""
-        units = [self.engine.units(self.strategy, part) for part in parts]
-        totals = {k: sum(u[k] for u in units) for k in units[0]}
-        return [{k: u[k] / totals[k] if totals[k] else 0.0 for k in u} for u in units]
-
     def _not_finite(self, what: str, values: dict[str, float], task: Task, ids: list[str]) -> NumericalError:
+        ids = [i for part in self.engine.group.all_gather(ids) for i in part]
         shown = ", ".join(ids[:8]) + (f" and {len(ids) - 8} more" if len(ids) > 8 else "")
         self.observer.event("not_finite", what=what, task=task.name, step=self.position.step, ids=ids)
         culprit = "look at these records"
@@ -274,7 +268,7 @@ class SequentialTrainer:
                 of = {"weights": name} if name else {}
                 with self._computing(weights()):
                     for j in due:
-                        if self._stop:
+                        if self._stopping():
                             break
                         found = self._evaluate(self.scored[j], [table.task_metrics[j] for table in tables])
                         for table in tables:
@@ -314,7 +308,7 @@ class SequentialTrainer:
             self.run.encodings.eval(task),
             metrics=metrics,
             options=self.config.eval,
-            group=self.engine.group,
+            group=self.engine.scoring_group,
             restrict_to=task.classes if self.tasks.scenario == "task" else None,
         )
 
@@ -344,7 +338,7 @@ class SequentialTrainer:
         return self.position.total_steps > 0
 
     def _checkpoint(self) -> None:
-        if self.store is not None and self.directory is not None and self.engine.is_main:
+        if self.store is not None and self.directory is not None:
             self.store.save(self._state())
             self.directory.status("running", **self._where())
         if self._stop:
@@ -374,7 +368,12 @@ class SequentialTrainer:
         self.progress.say(f"resuming at task {self.position.stage + 1} of {len(self.tasks)}, step {self.position.step}")
 
     def _request_stop(self) -> None:
-        self._stop = True
+        self._asked = True
+
+    def _stopping(self) -> bool:
+        """Whether a process was asked to stop: then all do, at the same place."""
+        self._stop = self._stop or self.engine.any(self._asked)
+        return self._stop
 
     def _result(self) -> RunResult:
         scores = self.scores
@@ -394,7 +393,7 @@ class SequentialTrainer:
     def _finish(self) -> RunResult:
         self.engine.finish()
         result = self._result()
-        if self.directory is not None and self.engine.is_main:
+        if self.directory is not None:
             result.snippet = self.export(self.directory.path / "export")
             result.save(self.directory)
             self.directory.status("finished", holds=self.strategy.holds())
@@ -402,14 +401,13 @@ class SequentialTrainer:
 
     def export(self, directory: Path) -> str:
         """Write what a user takes away into ``directory``, whole or not at all; returns the snippet that loads it."""
-        temporary = directory.with_name(f".tmp-{directory.name}")
-        with disk_errors(directory):
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-            snippet = self.strategy.export(temporary)
-            shown = snippet.replace(str(temporary), ".")
+
+        def write(folder: Path) -> str:
+            snippet = self.strategy.export(folder)
+            shown = snippet.replace(str(folder), ".")
             text = card(self._result(), self.config, shown, getattr(self.model, "base", None))
-            (temporary / "README.md").write_text(text, encoding="utf-8")
-            shutil.rmtree(directory, ignore_errors=True)
-            temporary.replace(directory)
-        return snippet.replace(str(temporary), str(directory))
+            (folder / "README.md").write_text(text, encoding="utf-8")
+            return snippet
+
+        with self.engine.gathered(self.model.exported()):
+            return replace_directory(directory, write) if self.engine.is_main else ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,7 @@ from clkit.config import StrategyConfig, opt
 from clkit.errors import Problem
 from clkit.loader import Pool
 from clkit.modes import evaluating
-from clkit.strategy import Capabilities, RunContext, Strategy, add_gradient
+from clkit.strategy import Capabilities, RunContext, Strategy, on_deepspeed
 from clkit.tasks.base import Task
 from clkit.tasks.batch import Batch
 
@@ -49,7 +50,12 @@ class EWC(Strategy):
     """
 
     config_class = EWCConfig
-    capabilities = Capabilities(causal=True)
+    capabilities = Capabilities(causal=True, **on_deepspeed())
+
+    @classmethod
+    def kept_bytes(cls, config: Any, sizes: Mapping[str, int], tasks: int) -> int:
+        """The Fisher matrix and its centre."""
+        return 8 * sizes["trainable"]
 
     @classmethod
     def check(cls, config: EWCConfig) -> list[Problem]:
@@ -78,19 +84,24 @@ class EWC(Strategy):
             return
         done = self.run.position.step + 1
         logged = done == 1 or done % self.run.config.tracking.log_every == 0
-        total = self._constant
-        for name, parameter in self._weights.items():
-            gap = _exact(parameter) - self.centre[name]
-            pull = self.fisher[name] * gap
-            add_gradient(parameter, pull.to(parameter.dtype), self.config.lam)
-            if logged:
-                total += float((pull * gap).sum())
+        total, engine = self._constant, self.run.engine
+        with engine.gathered(list(self._weights.values())):
+            for name, parameter in self._weights.items():
+                gap = _exact(parameter) - self.centre[name]
+                pull = self.fisher[name] * gap
+                engine.add_gradient(parameter, pull.to(parameter.dtype), self.config.lam)
+                if logged:
+                    total += float((pull * gap).sum())
         if logged:
             self.run.log("penalty", self.config.lam / 2 * total)
 
     # --- between tasks ----------------------------------------------------------------------------------------------
     def end_task(self, task: Task) -> None:
         """Estimate the Fisher matrix where the weights are now, and add its quadratic."""
+        with self.run.engine.gathered(list(self._weights.values())):
+            self._hold()
+
+    def _hold(self) -> None:
         new = self.estimate()
         here = {name: _exact(p).clone() for name, p in self._weights.items()}
         if not self.fisher:

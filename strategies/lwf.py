@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,8 +12,8 @@ from torch import Tensor, nn
 from clkit.checkpoint import clone_state
 from clkit.config import StrategyConfig, opt
 from clkit.errors import Problem
-from clkit.modes import evaluating, swapped
-from clkit.strategy import Capabilities, Losses, Strategy
+from clkit.modes import evaluating
+from clkit.strategy import Capabilities, Losses, Strategy, on_deepspeed
 from clkit.tasks.base import Task
 from clkit.tasks.batch import Batch, count_targets
 
@@ -52,11 +53,16 @@ class LwF(Strategy):
     """
 
     config_class = LwFConfig
-    capabilities = Capabilities(causal=True)
+    capabilities = Capabilities(causal=True, **on_deepspeed())
 
     def __init__(self, config: Any = None) -> None:
         super().__init__(config)
         self._teacher: dict[str, Tensor] | None = None
+
+    @classmethod
+    def kept_bytes(cls, config: Any, sizes: Mapping[str, int], tasks: int) -> int:
+        """The teacher."""
+        return 4 * sizes["trainable"]
 
     @classmethod
     def check(cls, config: LwFConfig) -> list[Problem]:
@@ -98,7 +104,8 @@ class LwF(Strategy):
 
     def _teacher_logits(self, batch: Batch) -> Tensor:
         model = self.run.model
-        with torch.no_grad(), evaluating(model.module), swapped(model.module, self._teacher or {}):
+        teacher = self.run.engine.swapped(model.module, self._teacher or {})
+        with torch.no_grad(), evaluating(model.module), teacher:
             return model.logits(batch)
 
     def _distil(self, batch: Batch, part: Batch, rows: Tensor, student: Tensor, teacher: Tensor) -> Tensor:

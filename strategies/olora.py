@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from clkit.config import StrategyConfig, opt
 from clkit.fresh_lora import FreshLora
-from clkit.strategy import RunContext, add_gradient
+from clkit.strategy import RunContext
 from clkit.tasks.base import Task
 
 
@@ -48,6 +49,12 @@ class OLoRA(FreshLora):
 
     config_class = OLoRAConfig
 
+    @classmethod
+    def kept_bytes(cls, config: Any, sizes: Mapping[str, int], tasks: int) -> int:
+        """Also A of each finished task, about half of an adapter."""
+        updates: int = super().kept_bytes(config, sizes, tasks)
+        return updates + 2 * sizes["trainable"] * (tasks - 1)
+
     def setup(self, run: RunContext) -> None:
         """See the base class; there is nothing to be orthogonal to yet."""
         super().setup(run)
@@ -57,21 +64,27 @@ class OLoRA(FreshLora):
         """Add the gradient of the penalty, and log its value as ``penalty``."""
         if not (self.config.lambda2 or (self.config.lambda1 and self._past_a)):
             return
-        values = []
+        with self.factors():
+            values = self._pull()
+        done = self.run.position.step + 1
+        if done == 1 or done % self.run.config.tracking.log_every == 0:
+            self.run.log("penalty", float(torch.stack(values).sum()))
+
+    def _pull(self) -> list[Tensor]:
+        """Add the gradients; returns the terms of the penalty."""
+        add, values = self.run.engine.add_gradient, []
         for name, layer in self.layers.items():
             if self.config.lambda1 and self._past_a:
                 value, gradient = overlap(self._past_a[name], layer.A.detach())
-                add_gradient(layer.A, gradient, self.config.lambda1)
+                add(layer.A, gradient, self.config.lambda1)
                 values.append(self.config.lambda1 * value)
             if self.config.lambda2:
                 for parameter in (layer.A, layer.B):
                     norm = parameter.detach().norm()
                     if norm > 0:
-                        add_gradient(parameter, parameter.detach() / norm, self.config.lambda2)
+                        add(parameter, parameter.detach() / norm, self.config.lambda2)
                     values.append(self.config.lambda2 * norm)
-        done = self.run.position.step + 1
-        if done == 1 or done % self.run.config.tracking.log_every == 0:
-            self.run.log("penalty", float(torch.stack(values).sum()))
+        return values
 
     def end_task(self, task: Task) -> None:
         """Freeze the adapter among the past ones and start a fresh one."""

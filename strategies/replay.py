@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from clkit.config import ReplayConfig, StrategyConfig, opt
 from clkit.errors import Problem
-from clkit.strategy import Capabilities, Strategy
+from clkit.strategy import Capabilities, Strategy, on_deepspeed
 
 
 @dataclass
@@ -23,7 +23,7 @@ class Replay(Strategy):
     """
 
     config_class = RehearsalConfig
-    capabilities = Capabilities(causal=True)
+    capabilities = Capabilities(causal=True, **on_deepspeed())
 
     @classmethod
     def check(cls, config: RehearsalConfig) -> list[Problem]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from clkit.errors import CapabilityError
 from clkit.models.base import Model
 from clkit.models.causal_lm import CausalLM
-from clkit.strategy import Capabilities, RunContext, Strategy, TaskLoop
+from clkit.strategy import Capabilities, RunContext, Strategy, TaskLoop, on_deepspeed
 from clkit.tasks.base import EditExamples, EditRecord, Task
 
 
@@ -56,7 +56,7 @@ class EditStrategy(Strategy):
     It works under the trainer (each task is a batch of edits, one step per edit) and, through :meth:`attach`, alone.
     """
 
-    capabilities: ClassVar[Capabilities] = Capabilities(kinds=frozenset({"edit"}))
+    capabilities: ClassVar[Capabilities] = Capabilities(kinds=frozenset({"edit"}), **on_deepspeed(2))
 
     # --- the method -------------------------------------------------------------------------------------------------
     @abstractmethod

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from clkit.config import EngineConfig, TrainConfig
+from clkit.checkpoint import tensor_dict
+from clkit.config import EngineConfig, RunConfig, TrainConfig
+from clkit.dealing import split_batch
 from clkit.engine.group import Group
-from clkit.loader import split_batch
+from clkit.errors import ClkitError
 from clkit.models.base import Model
+from clkit.modes import swapped
 from clkit.tasks.batch import Batch
 
 if TYPE_CHECKING:
@@ -53,6 +57,15 @@ class Engine(ABC):
     def notes(self) -> list[str]:
         """What to know about the run that was admitted, a line each."""
         return []
+
+    @classmethod
+    def refuse(cls, config: RunConfig, capabilities: Any) -> list[ClkitError]:
+        """Why this engine can't execute the run, found before weights are loaded."""
+        return []
+
+    def loading(self) -> AbstractContextManager[Any]:
+        """Context in which the model's weights are loaded."""
+        return contextlib.nullcontext()
 
     @abstractmethod
     def prepare(self, model: Model) -> None:
@@ -102,8 +115,18 @@ class Engine(ABC):
         """Context of a forward pass in the model's compute type."""
 
     @abstractmethod
-    def backward(self, loss: Tensor) -> None:
-        """Add the gradient of ``loss`` to the parameters'."""
+    def backward(self, loss: Tensor, last: bool = True) -> None:
+        """Add the gradient of ``loss``; after the ``last`` of a step gradients are sums over the processes."""
+
+    def add_gradient(self, parameter: nn.Parameter, gradient: Tensor, factor: float = 1.0) -> None:
+        """Add ``factor * gradient`` to a parameter's gradient; for ``Strategy.after_backward``.
+
+        A penalty that depends on no data belongs there: once per step, whatever the micro-batches. ``gradient`` is
+        whole and the same on every process.
+        """
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        parameter.grad.add_(gradient, alpha=factor)
 
     @abstractmethod
     def unscale(self) -> None:
@@ -120,8 +143,39 @@ class Engine(ABC):
 
     @contextlib.contextmanager
     def gathered(self, parameters: Sequence[nn.Parameter], write: bool = False) -> Iterator[None]:
-        """Within the context ``parameters`` are whole; with ``write`` changes last on every process."""
+        """Within the context ``parameters`` are whole; with ``write`` changes last on every process.
+
+        Every process must enter it.
+        """
         yield
+
+    @contextlib.contextmanager
+    def swapped(self, module: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[nn.Module]:
+        """``clkit.modes.swapped``, also where parameters are split over processes."""
+        own = dict(module.named_parameters())
+        with self.gathered([own[n] for n in tensors if n in own]), swapped(module, tensors):
+            yield module
+
+    def tensors(self, module: nn.Module, names: set[str]) -> dict[str, Tensor]:
+        """The parameters called ``names``, whole, and all persistent buffers of a module; every process must call."""
+        return tensor_dict(module, names)
+
+    @property
+    def scoring_group(self) -> Group:
+        """The processes that share the work of scoring."""
+        return self.group
+
+    def any(self, flag: bool) -> bool:
+        """Whether ``flag`` holds on some process; every process must call this."""
+        return flag
+
+    def total(self, terms: Mapping[str, float]) -> dict[str, float]:
+        """Each term's sum over the processes; every process must call this."""
+        if self.group.world == 1:
+            return dict(terms)
+        found = self.group.all_gather(dict(terms))
+        names = dict.fromkeys(name for part in found for name in part)
+        return {name: math.fsum(part.get(name, 0.0) for part in found) for name in names}
 
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:

@@ -54,6 +54,9 @@ class LocalEngine(Engine):
     def prepare(self, model: Model) -> None:
         """Move the module to the device; float16 gets a loss scaler, bfloat16 needs none."""
         model.module.to(self.device)
+        self._set_types(model)
+
+    def _set_types(self, model: Model) -> None:
         dtype = getattr(model, "autocast_dtype", None)
         if dtype is not None:
             self._autocast = None if dtype == torch.float32 else dtype
@@ -86,7 +89,7 @@ class LocalEngine(Engine):
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=self._autocast)
 
-    def backward(self, loss: Tensor) -> None:
+    def backward(self, loss: Tensor, last: bool = True) -> None:
         """Backward, with the loss scaled under float16. Without parameters it does nothing."""
         if self._optimizer is None:
             return

@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from clkit.config import EngineConfig, TrainConfig, opt
+from clkit.dealing import split_batch
 from clkit.engine.accounting import Noisy, sigma_for
 from clkit.engine.clipping import Clipper, choose_way
 from clkit.engine.guarantee import FILE, NO_NOISE, VOID, Spent, epsilon_now, plan, rate_of
 from clkit.engine.local import LocalEngine
 from clkit.engine.poisson import Draws, PoissonBatches, Units, units_of
 from clkit.errors import CapabilityError, Problem
-from clkit.loader import split_batch
 from clkit.models.base import Model
 from clkit.tasks.batch import Batch
 
@@ -257,7 +257,7 @@ class PrivateEngine(LocalEngine):
         """Rows: the loss is a mean over examples."""
         return {"*": float(len(part))}
 
-    def backward(self, loss: Tensor) -> None:
+    def backward(self, loss: Tensor, last: bool = True) -> None:
         """Add the clipped gradients of the rows that :meth:`losses` saw last; ``loss`` is only what is shown."""
         if self._each is not None and self._clipper is not None and self._units is not None:
             each, part = self._each

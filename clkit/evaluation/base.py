@@ -233,7 +233,10 @@ def plan_batches(cost: NDArray[np.int64], options: EvalConfig) -> list[list[int]
 def evaluation_mode(model: Model) -> Iterator[None]:
     """Evaluation mode, inference mode and the model's autocast; puts every module's training flag back."""
     dtype = getattr(model, "autocast_dtype", None)
-    with evaluating(model.module), torch.inference_mode(), contextlib.ExitStack() as stack:
+    # ZeRO-3 keeps what it gathers here, and a backward pass can't use what was made in inference mode.
+    partitioned = any(hasattr(p, "ds_id") for p in model.module.parameters())
+    no_gradients = torch.no_grad() if partitioned else torch.inference_mode()
+    with evaluating(model.module), no_gradients, contextlib.ExitStack() as stack:
         if dtype is not None:
             stack.enter_context(torch.autocast(model.device.type, dtype=dtype))
         yield

@@ -82,6 +82,10 @@ class Model(ABC):
         """What :meth:`logits` predicts: classes (B,), or tokens (B, P) with -100 where a row predicts nothing."""
         return batch.labels
 
+    def exported(self) -> list[nn.Parameter]:
+        """The parameters that :meth:`export` writes."""
+        return list(self.module.parameters())
+
     @abstractmethod
     def export(self, directory: Path) -> str:
         """Write what a user takes away; return the Python snippet that loads it."""

@@ -134,6 +134,11 @@ class CausalLM(Model):
         texts = self.tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
         return [text.strip() for text in texts]
 
+    def exported(self) -> list[nn.Parameter]:
+        """Those of the adapter, or all."""
+        adapted = hasattr(self.module, "peft_config")
+        return [p for p in self.module.parameters() if p.requires_grad or not adapted]
+
     def export(self, directory: Path) -> str:
         """Write a PEFT adapter, or the full model, with the tokenizer; return the snippet that loads it."""
         if not hasattr(self.module, "peft_config"):

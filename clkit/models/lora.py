@@ -78,12 +78,19 @@ def check_fits(module: nn.Module, config: LoraConfig, rank: int) -> None:
                 problems.append(Problem("model.lora.target_modules", text))
             adapted |= found
     if adapted:
-        name, smallest = min(((n, min(m.weight.shape)) for n, m in adapted.items()), key=lambda x: x[1])
+        sides = {n: min(true_shape(m.weight)) for n, m in adapted.items()}
+        name, smallest = min(sides.items(), key=lambda x: x[1])
         if rank > smallest:
             text = f"got {rank}, expected at most {smallest} (the smaller side of '{name}')"
             problems.append(Problem("model.lora.r", text))
     if problems:
         raise ModelError.collect("The LoRA adapter does not fit the model:", problems)
+
+
+def true_shape(parameter: Tensor) -> torch.Size:
+    """The shape of a parameter, also while DeepSpeed has split it over processes and left nothing in its place."""
+    shape: torch.Size = getattr(parameter, "ds_shape", parameter.shape)
+    return shape
 
 
 def base_model(module: nn.Module) -> nn.Module:

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from clkit.models.lora import true_shape
 from clkit.modes import swapped
 
 Factors = tuple[Tensor, Tensor]
@@ -32,7 +33,7 @@ class AdaptedLayer:
         self.A: nn.Parameter = layer.lora_A[adapter].weight
         self.B: nn.Parameter = layer.lora_B[adapter].weight
         self.scaling = float(layer.scaling[adapter])
-        self.shape = (self.B.shape[0], self.A.shape[1])
+        self.shape = (true_shape(self.B)[0], true_shape(self.A)[1])
 
     def update(self) -> Factors:
         """Copies (r, in) and (out, r) whose product ``b @ a`` is the change of the weight, on the CPU."""
@@ -76,6 +77,12 @@ class PastUpdates:
         for name, layer in layers.items():
             if name not in self._folded:
                 layer.base.register_forward_hook(self._branch(name))
+
+    @property
+    def folded(self) -> list[nn.Parameter]:
+        """The weights that :meth:`add` writes to."""
+        bases: list[Any] = [self._layers[name].base for name in self._layers if name in self._folded]
+        return [base.weight for base in bases]
 
     def __len__(self) -> int:
         return len(self._tasks)

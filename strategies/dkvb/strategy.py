@@ -21,7 +21,7 @@ from clkit.strategies.dkvb.bottleneck import Bottleneck
 from clkit.strategies.dkvb.config import DKVBConfig
 from clkit.strategies.dkvb.keys import place_keys
 from clkit.strategies.dkvb.network import BottleneckNet, PairEncodings
-from clkit.strategy import Capabilities, Losses, RunContext, Strategy, one_pass
+from clkit.strategy import Capabilities, Losses, RunContext, Strategy, on_deepspeed, one_pass
 from clkit.tasks import build_tasks
 from clkit.tasks.base import Task
 from clkit.tasks.batch import Batch, Encoded
@@ -38,7 +38,7 @@ class DKVB(Strategy):
     """
 
     config_class = DKVBConfig
-    capabilities = Capabilities(kinds=frozenset({"classification"}))
+    capabilities = Capabilities(kinds=frozenset({"classification"}), **on_deepspeed(2))
 
     @classmethod
     def check(cls, config: DKVBConfig) -> list[Problem]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from clkit.config import ReplayConfig, StrategyConfig, opt
 from clkit.errors import ConfigError, Problem
 from clkit.models.pieces import OutputLayer, summed_cross_entropy
-from clkit.modes import evaluating, swapped
+from clkit.modes import evaluating
 from clkit.strategies.ilora.consistency import find_decoder, showing, squared_gap
-from clkit.strategy import Capabilities, Losses, RunContext, Strategy
+from clkit.strategy import Capabilities, Losses, RunContext, Strategy, on_deepspeed
 from clkit.tasks.base import Task
 from clkit.tasks.batch import Batch, count_targets
 
@@ -75,7 +75,7 @@ class ILoRA(Strategy):
     """
 
     config_class = ILoRAConfig
-    capabilities = Capabilities(kinds=frozenset({"text"}), needs_lora=True, causal=True)
+    capabilities = Capabilities(kinds=frozenset({"text"}), needs_lora=True, causal=True, **on_deepspeed())
 
     def __init__(self, config: Any = None) -> None:
         super().__init__(config)
@@ -85,6 +85,11 @@ class ILoRA(Strategy):
         self._fast: dict[str, nn.Parameter] = {}
         self._layers: list[int] = []
         self._output: OutputLayer | None = None
+
+    @classmethod
+    def kept_bytes(cls, config: Any, sizes: Mapping[str, int], tasks: int) -> int:
+        """The slow learner."""
+        return 4 * sizes["trainable"]
 
     @classmethod
     def check(cls, config: ILoRAConfig) -> list[Problem]:
@@ -121,10 +126,11 @@ class ILoRA(Strategy):
                 "(train.batch_size * strategy.replay.ratio, the replayed part of one batch)"
             )
         self._fast = {name: p for name, p in run.model.module.named_parameters() if name in self._trained}
-        self.slow = {
-            name: p.detach().to(torch.promote_types(p.dtype, torch.float32), copy=True)
-            for name, p in self._fast.items()
-        }
+        with run.engine.gathered(list(self._fast.values())):
+            self.slow = {
+                name: p.detach().to(torch.promote_types(p.dtype, torch.float32), copy=True)
+                for name, p in self._fast.items()
+            }
         if self.config.gamma:
             self._layers = self._chosen_layers(len(find_decoder(run.model.module)[1]))
             half = getattr(run.model, "autocast_dtype", None) is torch.float16  # unscaled gradients would vanish
@@ -179,7 +185,7 @@ class ILoRA(Strategy):
 
         module = self.run.model.module
         inputs = {name: value[:, :width] for name, value in batch.inputs.items()}
-        slow = swapped(module, self._slow_values(torch.is_autocast_enabled(self.run.model.device.type)))
+        slow = self.run.engine.swapped(module, self._slow_values(torch.is_autocast_enabled(self.run.model.device.type)))
         with torch.no_grad(), evaluating(module), slow, showing(decoder, blocks, wanted, keep):
             decoder(**inputs, use_cache=False)
         return kept
@@ -227,12 +233,16 @@ class ILoRA(Strategy):
         """theta_l <- lambda theta_l + (1 - lambda) theta_w, once per optimiser step."""
         if self.config.slow == "ema":
             step = self.run.position.total_steps
-            interpolate_(self.slow, self._fast, ema_weight(step, self.config.interpolation, self.config.ramp))
+            self._interpolate(ema_weight(step, self.config.interpolation, self.config.ramp))
 
     def end_task(self, task: Task) -> None:
         """`snapshot`: the slow learner becomes the fast one."""
         if self.config.slow == "snapshot":
-            interpolate_(self.slow, self._fast, 0.0)
+            self._interpolate(0.0)
+
+    def _interpolate(self, weight: float) -> None:
+        with self.run.engine.gathered(list(self._fast.values())):
+            interpolate_(self.slow, self._fast, weight)
 
     def alternatives(self) -> dict[str, Callable[[], AbstractContextManager[nn.Module]]]:
         """`ema`: the learner that does not serve, scored in a matrix called "fast" or "slow".
@@ -250,7 +260,7 @@ class ILoRA(Strategy):
 
     def learner(self, which: str) -> AbstractContextManager[nn.Module]:
         """Within the context the module computes as the "fast" or the "slow" learner."""
-        return swapped(self.run.model.module, self._slow_values() if which == "slow" else {})
+        return self.run.engine.swapped(self.run.model.module, self._slow_values() if which == "slow" else {})
 
     def inference(self) -> AbstractContextManager[nn.Module]:
         """The learner that ``serve`` names."""

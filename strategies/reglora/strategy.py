@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from clkit.strategies.reglora.config import RegLoRAConfig
 from clkit.strategies.reglora.masks import extend, from_state, to_state
 from clkit.strategies.reglora.sparse import Mask, dense_penalty, penalty
 from clkit.strategies.reglora.top import random_entries, top_entries
-from clkit.strategy import RunContext, add_gradient
+from clkit.strategy import RunContext
 from clkit.tasks.base import Task
 
 
@@ -25,6 +26,13 @@ class RegLoRA(FreshLora):
     """
 
     config_class = RegLoRAConfig
+
+    @classmethod
+    def kept_bytes(cls, config: Any, sizes: Mapping[str, int], tasks: int) -> int:
+        """Also masks: 12 bytes for a chosen entry, if no two tasks choose the same."""
+        updates: int = super().kept_bytes(config, sizes, tasks)
+        masks = round(12 * float(config.fraction) * sizes["parameters"])
+        return updates + masks * (tasks - 1)
 
     def setup(self, run: RunContext) -> None:
         """See the base class; nothing is protected yet."""
@@ -39,12 +47,13 @@ class RegLoRA(FreshLora):
             return
         strength = config.lam * config.every / (config.n_div or len(self.layers))
         losses = []
-        for name, layer in self.layers.items():
-            loss, d_b, d_a = self._penalty(name, layer)
-            scale = layer.scaling ** (1 if config.norm == "l1" else 2) if config.scaled else 1.0
-            add_gradient(layer.B, d_b, strength * scale)
-            add_gradient(layer.A, d_a, strength * scale)
-            losses.append(loss * scale)
+        with self.factors():
+            for name, layer in self.layers.items():
+                loss, d_b, d_a = self._penalty(name, layer)
+                scale = layer.scaling ** (1 if config.norm == "l1" else 2) if config.scaled else 1.0
+                self.run.engine.add_gradient(layer.B, d_b, strength * scale)
+                self.run.engine.add_gradient(layer.A, d_a, strength * scale)
+                losses.append(loss * scale)
         done = position.step + 1
         if done == 1 or done % self.run.config.tracking.log_every == 0:
             self.run.log("regulariser", strength * float(torch.stack(losses).sum()))
@@ -61,10 +70,11 @@ class RegLoRA(FreshLora):
     # --- between tasks ----------------------------------------------------------------------------------------------
     def end_task(self, task: Task) -> None:
         """Extend the masks, add the update to the sum, and start a fresh adapter."""
-        for name, layer in self.layers.items():
-            if self.config.mask != "all":
-                rows, cols = self._chosen(layer)
-                self.masks[name] = extend(self.masks.get(name), rows, cols, layer.shape, self.config.accumulate)
+        if self.config.mask != "all":
+            with self.factors():
+                for name, layer in self.layers.items():
+                    rows, cols = self._chosen(layer)
+                    self.masks[name] = extend(self.masks.get(name), rows, cols, layer.shape, self.config.accumulate)
         super().end_task(task)
 
     def _chosen(self, layer: AdaptedLayer) -> tuple[Tensor, Tensor]:

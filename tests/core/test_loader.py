@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clkit.config import TrainConfig
-from clkit.loader import WINDOW, StepLoader, epoch_order, record_order, split_batch, steps_in_stage
+from clkit.dealing import split_batch
+from clkit.loader import WINDOW, StepLoader, epoch_order, record_order, steps_in_stage
 from clkit.memory import make_buffer
 from clkit.rng import fresh_generator
 from clkit.tasks.batch import Batch, Encoded

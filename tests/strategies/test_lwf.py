@@ -9,8 +9,9 @@ from stepping import after_tasks, logits, named
 from torch import nn
 
 from clkit import api, resolve
+from clkit.dealing import shares, split_batch
 from clkit.errors import ConfigError
-from clkit.loader import Pool, split_batch
+from clkit.loader import Pool
 from clkit.strategies.lwf import LwF, LwFConfig
 from clkit.tasks.base import LabelledExamples, Task, TaskSequence
 from clkit.trainer import SequentialTrainer
@@ -67,7 +68,7 @@ def test_micro_batches_equal_one_batch(text_content, rows):
     whole = {name: float(value.detach()) for name, value in trainer.strategy.loss(batch).items()}
     parts = split_batch(batch, 2)  # one has new rows only, one both, one replayed rows only
     sums: dict[str, float] = {}
-    for part, share in zip(parts, trainer._shares(parts), strict=True):
+    for part, share in zip(parts, shares(parts, trainer.strategy, trainer.engine), strict=True):
         for name, value in trainer.strategy.loss(part).items():
             sums[name] = sums.get(name, 0.0) + float(value.detach()) * share.get(name, share["*"])
     assert sums == pytest.approx(whole, rel=1e-5)

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clkit import build, resolve
-from clkit.loader import split_batch
+from clkit.dealing import shares, split_batch
 from clkit.strategies.unlearning import losses
 from clkit.trainer import SequentialTrainer
 
@@ -116,8 +116,8 @@ def test_a_batch_in_pieces_has_the_same_gradient(name, text_content):
         trainer.config.train.micro_batch = size
         trainer.model.module.eval().zero_grad()
         parts = split_batch(batch, size)
-        shares = trainer._shares(parts) if size else [{"*": 1.0}]
-        for part, share in zip(parts, shares, strict=True):
+        given = shares(parts, trainer.strategy, trainer.engine) if size else [{"*": 1.0}]
+        for part, share in zip(parts, given, strict=True):
             terms = trainer.strategy.loss(part)
             sum(v * share.get(k, share["*"]) for k, v in terms.items()).backward()
         found.append([p.grad.clone() for p in trainer.strategy.parameters()])

@@ -1,0 +1,80 @@
+"""Strategies of other kinds on DeepSpeed, as far as they declare: the numbers of the local engine, or a refusal."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from processes import talk
+from test_deepspeed_numbers import same_numbers
+
+from clkit import api, resolve
+from clkit.engine.group import LocalGroup
+from clkit.errors import CapabilityError
+
+SMALL = {"heads": 4, "pairs": 32, "key_dim": 4, "key_passes": 2}
+
+
+def contents(folder: Path, tiny_llama: Path) -> dict[str, dict]:
+    edits = folder / "edits.jsonl"
+    rows = [{"prompt": f"Town {i}?", "target_new": "ab"[i % 2], "locality_prompt": f"Sum {i}"} for i in range(3)]
+    edits.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    digits = {"source": "digits", "train_limit": 12, "eval_limit": 6}
+    track = {"checkpoint": {"every_steps": 0, "keep": 1}, "tracking": {"log_every": 1}}
+    wise = {"layer": "0", "steps": 4, "contexts": 1, "negatives": 1, "shard_size": 2, "merge_every": 4}
+    return {
+        "dkvb": {
+            "model": {"name": "identity"},
+            "tasks": digits,
+            "strategy": {"name": "dkvb", **SMALL},
+            "train": {"epochs": 1, "batch_size": 7, "optimizer": "sgd", "momentum": 0.0, "learning_rate": 2.0},
+            **track,
+        },
+        "memo": {
+            "model": {"name": "cifar-resnet-8"},
+            "tasks": digits | {"flat": False},
+            "strategy": {"name": "memo"},
+            "train": {"epochs": 1, "batch_size": 8, "optimizer": "sgd", "learning_rate": 0.05},
+            **track,
+        },
+        "wise": {
+            "model": {"name": str(tiny_llama), "dtype": "float32", "prompt": "plain", "lora": {"r": 0}},
+            "tasks": {"source": "jsonl", "kind": "edit", "tasks": [str(edits)]},
+            "strategy": {"name": "wise", **wise},
+            "eval": {"max_new_tokens": 2},
+            **track,
+        },
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("world", "names"), [(1, ["memo"]), (2, ["dkvb", "wise"])])
+def test_stages_0_to_2_give_the_numbers_of_the_local_engine(tmp_path, tiny_llama, world, names):
+    given = contents(tmp_path, tiny_llama)
+    runs = []
+    for name in names:
+        api.run(resolve.validate({**given[name], "output_dir": str(tmp_path / "local" / name)}))
+        for stage in range(3):
+            engine = {"name": "deepspeed", "zero_stage": stage}
+            runs.append({**given[name], "engine": engine, "output_dir": str(tmp_path / f"stage{stage}" / name)})
+    talk("run_many.py", runs, world)
+    for run in runs:
+        ours = Path(run["output_dir"])
+        same_numbers(ours, tmp_path / "local" / ours.name)
+
+
+class _Two(LocalGroup):
+    world = 2
+
+
+def test_batch_statistics_on_several_processes_are_refused(tiny_llama, tmp_path):
+    from clkit import build
+    from clkit.engine.deepspeed import DeepSpeedEngine
+
+    config = resolve.validate(contents(tmp_path, tiny_llama)["memo"])
+    model = build.make_model(config.model, build.make_tasks(config), 0, lambda text: None)
+    engine = DeepSpeedEngine.__new__(DeepSpeedEngine)
+    engine.group = _Two()
+    with pytest.raises(CapabilityError, match="batch normalisation"):
+        engine.prepare(model)
