@@ -122,7 +122,7 @@ class Rewriter(ABC):
 
     def _draw(self, logits: Tensor, low: float, high: float, keep: Sequence[int] = ()) -> list[int]:
         """One token for each row of logits (N, V)."""
-        chances = probabilities(logits.double().cpu().numpy(), self.epsilon, low, high)
+        chances = probabilities(logits.detach().double().cpu().numpy(), self.epsilon, low, high)
         barred = [i for i in self._barred if i not in keep]
         chances[:, barred] = 0.0
         chances[:, len(self.tokenizer) :] = 0.0
@@ -225,21 +225,17 @@ class DpPrompt(Rewriter):
         super().__init__(module, tokenizer, epsilon, test_seed=test_seed)
         self._most = max_new_tokens
         with evaluating(module), torch.no_grad():
-            scores = self._next(self._prompt(""), None)[0]
+            scores = self._next(self._prompt(""))
         self.low, self.high = float(scores.min()), float(scores.max())
 
     def rewrite(self, text: str) -> Rewritten:
         """A paraphrase; its length is drawn, so the claim is for the longest there could have been."""
-        end, past = self.tokenizer.eos_token_id, None
+        end = self.tokenizer.eos_token_id
         drawn: list[int] = []
         ids = self._prompt(text)
-        while len(drawn) < self._most:
-            logits, past = self._next(ids, past)
-            (token,) = self._draw(logits, self.low, self.high, keep=(end,))
-            drawn.append(token)
-            if token == end:
-                break
-            ids = torch.tensor([[token]], device=ids.device)
+        while len(drawn) < self._most and end not in drawn:
+            drawn += self._draw(self._next(ids), self.low, self.high, keep=(end,))
+            ids = torch.cat([ids, ids.new_tensor([drawn[-1:]])], dim=1)
         words = self.tokenizer.decode([t for t in drawn if t != end], skip_special_tokens=True).strip()
         return Rewritten(words, len(drawn), self._most)
 
@@ -248,7 +244,7 @@ class DpPrompt(Rewriter):
         found: Tensor = ids.to(next(self.module.parameters()).device)
         return found
 
-    def _next(self, ids: Tensor, past: Any) -> tuple[Tensor, Any]:
-        """(1, V) logits of the next token, and the cache."""
-        out = self.module(input_ids=ids, past_key_values=past, use_cache=True)
-        return out.logits[:, -1], out.past_key_values
+    def _next(self, ids: Tensor) -> Tensor:
+        """(1, V) logits of the next token; the whole text again, because how a cache is passed differs by version."""
+        scores: Tensor = self.module(input_ids=ids, use_cache=False).logits
+        return scores[:, -1]

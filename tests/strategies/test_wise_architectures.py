@@ -81,8 +81,9 @@ def test_only_what_is_above_the_edited_layer_runs_while_an_edit_is_learned():
     wise.location.lm.lm_head.register_forward_hook(lambda m, args, out: heads.append(tuple(out.shape[:2])))
     wise._contexts = ["a", "bb"]
     wise.learn(record(0))
-    assert counts[:3] == [2, 2, 3]  # the rows, the prompt alone; the edited block also to see that it adds directly
-    assert counts[3] == 5 + 3
+    once = 1 + 4  # the rows; alone the prompt, its irrelevant one and two built-in ones
+    assert counts[:3] == [once, once, once + 1]  # the edited block also to see that it adds directly
+    assert counts[3] == 5 + once + 1
     assert heads == [(3, len("T0x") + 1)] * 5  # only edit rows, only where a target or the end is predicted
 
 
