@@ -92,7 +92,9 @@ def _bound(case: Case, base: ProtectedBase, source: Source) -> dict[str, Any]:
     if base.rewriting is None:
         return statement(base.privacy, forgotten_units(case, base, source))
     gone = _gone(case, base, source)
-    return rewritten.statement(base.rewriting, [r.id for r in _trained(source) if r.place in gone])
+    ids = [r.id for r in _trained(source) if r.place in gone]
+    found: dict[str, Any] = rewritten.statement(base.rewriting, ids)
+    return found
 
 
 def _trained(source: Source) -> list[Record]:
