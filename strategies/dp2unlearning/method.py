@@ -92,12 +92,7 @@ def _bound(case: Case, base: ProtectedBase, source: Source) -> dict[str, Any]:
     if base.rewriting is None:
         return statement(base.privacy, forgotten_units(case, base, source))
     gone = _gone(case, base, source)
-<<<<<<< HEAD
     found: dict[str, Any] = rewritten.statement(base.rewriting, [r.id for r in _trained(source) if r.place in gone])
-=======
-    ids = [r.id for r in _trained(source) if r.place in gone]
-    found: dict[str, Any] = rewritten.statement(base.rewriting, ids)
->>>>>>> private
     return found
 
 
