@@ -71,6 +71,13 @@ class DeepSpeedEngine(LocalEngine):
                     f"engine.zero_stage: strategy '{config.strategy.name}' does not run under ZeRO-{stage} ({can})"
                 )
             )
+        if config.model.dtype == "float16":
+            errors.append(
+                CapabilityError(
+                    "model.dtype: float16 under DeepSpeed skips other updates than on one process, so numbers "
+                    "differ; take bfloat16 or float32, or engine.name=local"
+                )
+            )
         found = conflicts(config, read_settings(config.engine.config.config_file)[0])
         if found:
             errors.append(ConfigError.collect("The DeepSpeed file says something else than the run:", found))
@@ -133,6 +140,9 @@ class DeepSpeedEngine(LocalEngine):
 
         if self._model is None:
             raise RuntimeError("DeepSpeedEngine.prepare comes first")
+        for tensor in (*self._model.module.parameters(), *self._model.module.buffers()):
+            if not self._partitioned and not tensor.is_contiguous():
+                tensor.data = tensor.data.contiguous()  # DeepSpeed sends them as bytes; channels-last ones it can't
         trained = {} if optimizer is None else {"optimizer": optimizer, "model_parameters": self._parameters}
         with routed():
             self._deepspeed, zero, *_ = deepspeed.initialize(

@@ -73,11 +73,12 @@ class OutputLayer:
         """That of a model, peft's wrapper or not; None where the loss can't be taken in pieces.
 
         It can't where the layer itself is trained, or where the model does more to the logits than this layer (a cap,
-        a scale): with another layer in its place the model must return what that one gives.
+        a scale): with another layer in its place the model must return what that one gives. Nor where ZeRO-3 splits the
+        layer over processes: each use gathers it, and processes with fewer positions would have fewer pieces.
         """
         model: Any = base_model(module)
         head = model.get_output_embeddings()
-        if not isinstance(head, nn.Module) or any(p.requires_grad for p in head.parameters()):
+        if not isinstance(head, nn.Module) or any(p.requires_grad or hasattr(p, "ds_id") for p in head.parameters()):
             return None
         found = cls(model, head)
         ids = torch.zeros((1, 2), dtype=torch.long, device=next(model.parameters()).device)

@@ -24,7 +24,7 @@ from clkit.strategies.memo.cache import CachedMaps
 from clkit.strategies.memo.config import GrowingConfig, MemoConfig
 from clkit.strategies.memo.costs import Costs
 from clkit.strategies.memo.folding import folded, in_pieces
-from clkit.strategy import Capabilities, Losses, RunContext, on_deepspeed
+from clkit.strategy import Capabilities, Losses, RunContext
 from clkit.tasks.base import Task, TaskSequence
 from clkit.tasks.batch import Batch
 
@@ -50,7 +50,7 @@ class Memo(ExemplarMeans):
     """
 
     config_class = MemoConfig
-    capabilities = Capabilities(kinds=frozenset({"classification"}), **on_deepspeed(2))
+    capabilities = Capabilities(kinds=frozenset({"classification"}))
 
     def __init__(self, config: Any = None) -> None:
         super().__init__(config)

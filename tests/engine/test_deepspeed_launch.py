@@ -82,7 +82,7 @@ def test_a_killed_process_ends_all_and_one_process_finishes_the_run_of_two(file,
 
 @pytest.mark.slow
 def test_an_error_that_all_processes_meet_is_shown_once(file, tmp_path):
-    overrides = ["engine=deepspeed", f"output_dir={tmp_path / 'two'}", "train.learning_rate=1e30", "train.clip=0"]
+    overrides = ["engine=deepspeed", f"output_dir={tmp_path / 'two'}", "train.learning_rate=1e37", "train.clip=0"]
     run = subprocess.run(command(file, 2, *overrides), env=environment(), capture_output=True, text=True)
     assert run.returncode == 2
     assert run.stderr.count("is not finite in task 'red'") == 1, run.stderr

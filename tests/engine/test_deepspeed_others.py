@@ -11,7 +11,7 @@ from test_deepspeed_numbers import same_numbers
 
 from clkit import api, resolve
 from clkit.engine.group import LocalGroup
-from clkit.errors import CapabilityError
+from clkit.errors import CapabilityError, ClkitError
 
 SMALL = {"heads": 4, "pairs": 32, "key_dim": 4, "key_passes": 2}
 
@@ -49,19 +49,27 @@ def contents(folder: Path, tiny_llama: Path) -> dict[str, dict]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("world", "names"), [(1, ["memo"]), (2, ["dkvb", "wise"])])
-def test_stages_0_to_2_give_the_numbers_of_the_local_engine(tmp_path, tiny_llama, world, names):
+def test_stages_0_to_2_give_the_numbers_of_the_local_engine(tmp_path, tiny_llama):
     given = contents(tmp_path, tiny_llama)
     runs = []
-    for name in names:
+    for name in ("dkvb", "wise"):
         api.run(resolve.validate({**given[name], "output_dir": str(tmp_path / "local" / name)}))
         for stage in range(3):
             engine = {"name": "deepspeed", "zero_stage": stage}
             runs.append({**given[name], "engine": engine, "output_dir": str(tmp_path / f"stage{stage}" / name)})
-    talk("run_many.py", runs, world)
+    talk("run_many.py", runs, 2)
     for run in runs:
         ours = Path(run["output_dir"])
         same_numbers(ours, tmp_path / "local" / ours.name)
+
+
+@pytest.mark.parametrize(("name", "changes", "message"), [
+    ("memo", {}, "memo"), ("dkvb", {"model": {"name": "identity", "dtype": "float16"}}, r"model\.dtype: float16"),
+])  # fmt: skip
+def test_what_would_give_other_numbers_is_refused(tmp_path, tiny_llama, name, changes, message):
+    given = contents(tmp_path, tiny_llama)[name] | changes | {"engine": {"name": "deepspeed", "zero_stage": 1}}
+    with pytest.raises(ClkitError, match=message):
+        api.run(resolve.validate({**given, "output_dir": str(tmp_path / "run")}))
 
 
 class _Two(LocalGroup):
