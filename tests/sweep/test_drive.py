@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
 import subprocess
@@ -150,7 +151,10 @@ def start(file: str, *arguments: str, log: Path) -> subprocess.Popen:
 
 def until(condition, seconds: float = 120) -> None:
     end = time.monotonic() + seconds
-    while not condition():
+    while True:
+        with contextlib.suppress(FileNotFoundError):  # a checkpoint was renamed while its directory was listed
+            if condition():
+                return
         assert time.monotonic() < end, "it did not come to that"
         time.sleep(0.02)
 
