@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from clkit.metrics.comparison import estimate
+from clkit.metrics.comparison import front as unbeaten
 from clkit.metrics.continual import DEFINITIONS
 from clkit.report.figures import GRID, INK, MUTED, SERIES, Drawing, axis, shortened, styles
 from clkit.report.history import History
@@ -81,11 +83,8 @@ def interval(values: Sequence[float]) -> Interval | None:
     """
     if not values:
         return None
-    from scipy.special import stdtrit
-
-    n = len(values)
-    half = float(stdtrit(n - 1, 0.975) * np.std(values, ddof=1) / math.sqrt(n)) if n > 1 else None
-    return Interval(float(np.mean(values)), half, n)
+    found = estimate(values)
+    return Interval(found.mean, None if found.high is None else found.high - found.mean, found.n)
 
 
 def grouped(entries: Sequence[Entry]) -> list[Group]:
@@ -144,9 +143,8 @@ def front(points: Sequence[tuple[float, float]], lower_y: bool = True, higher_x:
     >>> front([(0.9, 0.3), (0.8, 0.1), (0.7, 0.2)])
     [1, 0]
     """
-    signed = [(x if higher_x else -x, -y if lower_y else y) for x, y in points]
-    kept = [i for i, (x, y) in enumerate(signed) if not any(a >= x and b >= y and (a, b) != (x, y) for a, b in signed)]
-    return sorted(kept, key=lambda i: points[i])
+    kept = unbeaten(points, [higher_x, not lower_y])
+    return sorted((i for i, good in enumerate(kept) if good), key=lambda i: points[i])
 
 
 # --- figures ---------------------------------------------------------------------------------------------------------

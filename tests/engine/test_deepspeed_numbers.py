@@ -87,7 +87,7 @@ def steps(run_dir: Path) -> list[dict[str, float]]:
     return found + [{e["name"]: e["value"]} for e in events if e["event"] == "value"]
 
 
-def same_numbers(ours: Path, theirs: Path, exactly: bool = True) -> None:
+def same_numbers(ours: Path, theirs: Path) -> None:
     assert len(steps(ours)) == len(steps(theirs)) >= 3
     for mine, yours in zip(steps(ours), steps(theirs), strict=True):
         assert mine == pytest.approx(yours, rel=1e-5, abs=1e-5)
