@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 import time
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from clkit.config import RunConfig
+from clkit.cost import peak_memory
 from clkit.evaluation.base import Score
-from clkit.memory.base import Ref
+from clkit.models.lora import true_shape
 from clkit.resolve import to_dict
 from clkit.rundir import RunDirectory
 from clkit.scores import Scores
@@ -88,18 +87,18 @@ class Observer:
         """Write down what learning up to ``stage`` takes: parameters, bytes of model and exemplars, peak memory."""
         if self._directory is None:
             return
-        module, held = strategy.run.model.module, strategy.buffer.refs if strategy.buffer is not None else []
+        module, holds, device = strategy.run.model.module, strategy.holds(), strategy.run.engine.device
         tensors = [*module.parameters(), *module.buffers()]
         self.event(
             "cost",
             task=tasks[stage].name,
             stage=stage,
-            parameters=sum(map(_size, module.parameters())),
-            trainable_parameters=sum(map(_size, strategy.parameters())),
-            model_bytes=sum(_size(t) * t.element_size() for t in tensors),
-            exemplars=len(held),
-            exemplar_bytes=exemplar_bytes(tasks, held),
-            peak_memory_bytes=peak_memory(strategy.run.engine.device),
+            parameters=sum(true_shape(p).numel() for p in module.parameters()),
+            trainable_parameters=holds["trained_parameters"],
+            model_bytes=sum(true_shape(t).numel() * t.element_size() for t in tensors),
+            exemplars=holds["exemplars"],
+            exemplar_bytes=holds["exemplar_bytes"],
+            peak_memory_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_memory(),
         )
 
     def close(self) -> None:
@@ -107,39 +106,6 @@ class Observer:
         for tracker in self._trackers:
             tracker.close()
         self._trackers = []
-
-
-def _size(tensor: torch.Tensor) -> int:
-    """Numbers in a tensor; of one that ZeRO-3 splits over processes, in all its parts."""
-    return int(getattr(tensor, "ds_numel", tensor.numel()))
-
-
-def peak_memory(device: torch.device) -> int | None:
-    """Most bytes in use so far: of the GPU's memory, else of the process; None where it can't be told."""
-    if device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated(device))
-    if sys.platform == "win32":
-        return None
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak
-
-
-def exemplar_bytes(tasks: Sequence[Task], held: Sequence[Ref]) -> int | None:
-    """Raw bytes of the records in a buffer: tensors as they are stored, text in UTF-8; None where it can't be told."""
-    total = 0
-    for task in {ref.task for ref in held}:
-        train, indices = tasks[task].train, [ref.index for ref in held if ref.task == task]
-        if isinstance(train, TextExamples):
-            total += sum(len((train.records[i].prompt + train.records[i].answer).encode()) for i in indices)
-        elif isinstance(train, LabelledExamples) and isinstance(train.inputs, tuple):
-            total += sum(len(train.inputs[i].encode()) for i in indices)
-        elif isinstance(train, LabelledExamples) and isinstance(train.inputs, torch.Tensor):
-            total += len(indices) * train.inputs[0].numel() * train.inputs.element_size()
-        else:
-            return None
-    return total
 
 
 def _prompt(examples: Examples, i: int) -> str | None:

@@ -24,6 +24,7 @@ from clkit.memory import Buffer, HerdingBuffer, Ref, make_buffer
 from clkit.memory.budget import held_bytes
 from clkit.memory.herding import group_name, held_after
 from clkit.models.base import Model
+from clkit.models.lora import true_shape
 from clkit.rng import Streams
 from clkit.tasks.base import Kind, Task, TaskSequence
 from clkit.tasks.batch import Batch
@@ -190,7 +191,7 @@ class Strategy(ABC):
         for ref in refs:
             by_task.setdefault(ref.task, []).append(ref.index)
         return {
-            "trained_parameters": sum(p.numel() for p in self.parameters()),
+            "trained_parameters": sum(true_shape(p).numel() for p in self.parameters()),
             "exemplars": len(refs),
             "exemplar_bytes": sum(held_bytes(self.run.tasks[t].train, some) for t, some in by_task.items()),
         }
