@@ -199,6 +199,7 @@ def _run(entry: comparison.Entry, name: str, told: str, alone: bool) -> dict[str
         # The heat map stands in the page as a table; as a figure it is drawn for the files.
         "drawings": [d for d in drawings if not d.name.endswith("-matrix")],
         "history": history,
+        "final_model": _final_model(result, history),
         "strategy": entry.config.get("strategy", {}).get("name", ""),
         "model": entry.config.get("model", {}).get("name", ""),
         "seed": entry.config.get("seed", ""),
@@ -212,6 +213,12 @@ def _run(entry: comparison.Entry, name: str, told: str, alone: bool) -> dict[str
         "deletions": deletions(directory.path) if directory is not None else [],
         "alone": alone,
     }
+
+
+def _final_model(result: RunResult, history: History) -> int | None:
+    """Bytes of the model as it is after the last task; None before that."""
+    last = history.last_cost
+    return last["model_bytes"] if last and last["stage"] == len(result.tasks) - 1 else None
 
 
 def _table(result: RunResult, scores: Scores) -> dict[str, Any]:

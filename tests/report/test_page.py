@@ -81,6 +81,25 @@ def test_everything_about_a_run_stands_in_its_page(runs, tmp_path):
     assert all(png.read_bytes().startswith(b"\x89PNG") for png in pngs)
 
 
+def test_memory_is_told_with_the_model_of_each_stage_and_of_the_end(runs, tmp_path):
+    shutil.copytree(runs[1], tmp_path / "run")
+    events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
+    costs = [e for e in events if e["event"] == "cost"]
+    for e in costs:
+        e |= {"model_bytes": (e["stage"] + 1) * 2**20, "exemplar_bytes": 2**19}
+
+    def told(kept):
+        (tmp_path / "run" / "events.jsonl").write_text("".join(json.dumps(e) + "\n" for e in kept))
+        write_report([RunResult.load(tmp_path / "run")], tmp_path / "r.html")
+        table = (tmp_path / "r.html").read_text().partition('aria-label="Cost of')[2].partition("</table>")[0]
+        return [re.findall(r"<td>([^<]*)</td>", row)[5:7] for row in table.split("<tr>")[2:]]
+
+    last = len(costs)
+    assert last > 1
+    assert told(events) == [[f"{k + 1.5} MiB", f"{last + 0.5} MiB"] for k in range(last)]
+    assert told([e for e in events if e is not costs[-1]]) == [[f"{k + 1.5} MiB", "–"] for k in range(last - 1)]
+
+
 def test_inline_figures_take_the_colours_of_the_page(page):
     figures = re.findall(r"<svg.*?</svg>", page.text, flags=re.DOTALL)
     assert len(figures) > 8
