@@ -93,7 +93,7 @@ class _Layer(nn.Module):
 
     def forward(self, states: Tensor) -> Tensor:
         out: Any = self.layer(states)
-        return out if isinstance(out, Tensor) else out[0]  # type: ignore[no-any-return]
+        return out if isinstance(out, Tensor) else out[0]
 
 
 class _Pool(nn.Module):

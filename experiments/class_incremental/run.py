@@ -2,6 +2,7 @@
 
     python experiments/class_incremental/run.py [CONFIG] [--classes 2 4] [--seeds 0 1 2] [--only dkvb] [--finished]
     python experiments/class_incremental/run.py CONFIG --budgets 1.75 4     the areas under accuracy over memory too
+    python experiments/class_incremental/run.py CONFIG --curves             accuracy after each task too
 
 A seed also gives the order of the classes. Runs that are finished are read, runs that were cut resume. Seconds are
 processor time of a whole run, features cached. MiB are model (heads and statistics too) and exemplars after the last
@@ -15,6 +16,7 @@ import json
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from clkit import api, resolve
 from clkit.config import RunConfig
@@ -28,7 +30,7 @@ COLUMNS = {
     "forgetting": "forgetting",
 }
 AREAS = {"average_incremental_accuracy": "AUC-A", "average_accuracy": "AUC-L"}
-Rows = dict[str, list[dict[str, float]]]
+Rows = dict[str, list[dict[str, Any]]]
 
 
 def main() -> None:
@@ -42,6 +44,7 @@ def main() -> None:
     parser.add_argument(
         "--budgets", type=float, nargs="+", default=[], help="MiB of a strategy's first, second, ... row"
     )
+    parser.add_argument("--curves", action="store_true", help="a table of the accuracy after each task")
     arguments = parser.parse_args()
     for classes in arguments.classes:
         rows: Rows = {}
@@ -59,12 +62,14 @@ def main() -> None:
                     if config.name not in strategies[config.strategy.name]:
                         strategies[config.strategy.name].append(config.name)
         print(table(f"{classes} classes per task", rows), flush=True)
+        if arguments.curves:
+            print(curves(rows), flush=True)
         if arguments.budgets:
             print(areas(arguments.budgets, strategies, rows), flush=True)
 
 
-def one(config: RunConfig) -> dict[str, float]:
-    """Metrics, processor seconds and MiB of one run."""
+def one(config: RunConfig) -> dict[str, Any]:
+    """Metrics, mean accuracy over the tasks seen after each, processor seconds and MiB of one run."""
     result = api.run(config)
     print(f"{config.output_dir}: {result.metrics['average_accuracy']:.3f}", flush=True)
     found = {name: result.metrics[name] for name in COLUMNS}
@@ -72,6 +77,7 @@ def one(config: RunConfig) -> dict[str, float]:
     spent, cost = json.loads((directory / "status.json").read_text())["cost"], History.read(directory).last_cost
     return {
         **found,
+        "curve": [float(row[: k + 1].mean()) for k, row in enumerate(result.matrix)],
         "seconds": spent["cpu_seconds"],
         "mib": (cost["model_bytes"] + cost["exemplar_bytes"]) / 2**20,
     }
@@ -88,6 +94,16 @@ def table(title: str, rows: Rows) -> str:
         cells = [spread([100 * f[column] for f in found if f[column] is not None], 1) for column in COLUMNS]
         seconds, mib = (statistics.median(f[key] for f in found) for key in ("seconds", "mib"))
         lines.append(f"| {name} | {' | '.join(cells)} | {mib:.2f} | {seconds:.0f} | {len(found)} |")
+    return "\n".join(lines)
+
+
+def curves(rows: Rows) -> str:
+    """Markdown: mean accuracy in percent over the tasks seen so far, after each task, mean over seeds."""
+    tasks = max(len(f["curve"]) for found in rows.values() for f in found)
+    lines = [f"\n| after task | {' | '.join(str(k + 1) for k in range(tasks))} |", "|---" * (tasks + 1) + "|"]
+    for name, found in rows.items():
+        means = [statistics.mean(f["curve"][k] for f in found) for k in range(tasks)]
+        lines.append(f"| {name} | {' | '.join('-' if m != m else f'{100 * m:.1f}' for m in means)} |")
     return "\n".join(lines)
 
 
