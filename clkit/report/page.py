@@ -15,9 +15,10 @@ from clkit.files import disk_errors, write_text
 from clkit.metrics.continual import DEFINITIONS, label
 from clkit.metrics.format import FORMAT_DEFINITIONS
 from clkit.report import comparison, plots
+from clkit.report.deletions import deletions
 from clkit.report.figures import Drawing
 from clkit.report.history import History, result_so_far
-from clkit.report.sections import Edits, deletions
+from clkit.report.sections import Edits
 from clkit.resolve import read_file
 from clkit.result import SHOWN, RunResult, compared
 from clkit.rundir import RunDirectory

@@ -15,7 +15,7 @@ from typing import Any
 from clkit.errors import RequestError
 from clkit.files import file_sha256, write_json, write_text
 from clkit.unlearning import signing
-from clkit.unlearning.gates import Finding
+from clkit.unlearning.gates import Finding, brief
 from clkit.unlearning.ledger import FILE, Ledger
 from clkit.unlearning.manifest import Manifest
 
@@ -138,7 +138,7 @@ def markdown(content: dict[str, Any]) -> str:
         "| check | passed | figures |",
         "|---|---|---|",
         *(
-            f"| {f['name']} | {'yes' if f['passed'] else 'NO'} | {json.dumps(f['figures'])} |"
+            f"| {f['name']} | {'yes' if f['passed'] else 'NO'} | {brief(f['figures'])} |"
             for f in content["verification"]
         ),
         "",
