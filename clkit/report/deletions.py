@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from clkit.report.figures import INK, MUTED, SERIES, Drawing, axis, legend_below, shortened, styles
-from clkit.unlearning.certificate import NAME
-from clkit.unlearning.ledger import FILE, Ledger, find_folder
+from clkit.unlearning.ledger import CERTIFICATE, FILE, Ledger, find_folder
 
 _SIDES = {"forgotten": "forgotten", "retained": "retained", "never_seen": "never seen"}
 Pairs = Mapping[str, tuple[float, float]]
@@ -97,7 +96,7 @@ def deletions(run_dir: Path) -> list[Deletion]:
         return []
     found, ledger = [], Ledger(folder)
     try:
-        for file in sorted(folder.glob(f"*/{NAME}")):
+        for file in sorted(folder.glob(f"*/{CERTIFICATE}")):
             content = json.loads(file.read_text(encoding="utf-8"))
             for role in ("new_run", "superseded"):
                 if (file.parent / content[role]["path"]).resolve() == run_dir.resolve():

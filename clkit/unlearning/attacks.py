@@ -121,7 +121,7 @@ def measure(run_dir: Path, forgotten: Sequence[Task], before: Path | None = None
         theirs = [answers(base, side, config.eval.batch_size) for side in sides]
     earlier = _before(before, rows) if before is not None else {}
     known = {name: (mean_probability(found), mean_probability(ours[name])) for name, found in earlier.items()}
-    return Measured(ours["forgotten"], ours["never_seen"], *theirs, text, known)
+    return Measured(ours["forgotten"], ours["never_seen"], theirs[0], theirs[1], text, known)
 
 
 # Name of a side -> which part of its tasks, and task and row of each record.

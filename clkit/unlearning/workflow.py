@@ -23,7 +23,7 @@ from clkit.unlearning import certificate, remains, signing
 from clkit.unlearning.case import Case, Source, open_source
 from clkit.unlearning.duplicates import Pair, near_duplicates
 from clkit.unlearning.gates import Evidence, Gate, Limits, brief, partition, run_gates, standard
-from clkit.unlearning.ledger import FOLDER, Ledger, find_folder
+from clkit.unlearning.ledger import CERTIFICATE, FOLDER, Ledger, find_folder
 from clkit.unlearning.manifest import Manifest, keyed
 from clkit.unlearning.methods import Method, plan_lines
 from clkit.unlearning.records import Place, records, select, without
@@ -162,7 +162,7 @@ class _Job:
     def serve(self, gates: Sequence[Gate], decision: Decision | None) -> Path:
         if self.state == "certified":
             self.say("already served; here is its certificate")
-            return self.folder / certificate.NAME
+            return self.folder / CERTIFICATE
         self._refuse_served()
         self.ledger.receive(self.key, [(r.request_id, r.digest) for r in self.requests])
         try:

@@ -20,6 +20,7 @@ WRITES = {
     "deletion": ["runs/unlearning/ledger.sqlite"],
     "general_ability": ["watched.html"],
     "own_strategy": ["runs/anchor/matrix.json"],
+    "scaling": ["processes.html", "runs/two/matrix.json"],
 }
 
 
