@@ -30,9 +30,12 @@ if TYPE_CHECKING:
     from clkit.strategy import Strategy
 
 
-def make_tasks(config: RunConfig) -> TaskSequence:
-    """Read or generate the tasks; a DataError lists everything that is wrong with them."""
-    tasks = build_tasks(config.tasks.name, config.tasks.config, config.seed)
+def make_tasks(config: RunConfig, tasks: TaskSequence | None = None) -> TaskSequence:
+    """Read or generate the tasks, or take those given; `eval.lm_eval` adds its holdout tasks to either.
+
+    A DataError lists everything that is wrong with them.
+    """
+    tasks = tasks or build_tasks(config.tasks.name, config.tasks.config, config.seed)
     if not config.eval.lm_eval:
         return tasks
     general, files = holdout_tasks(config.eval.lm_eval, config.eval.lm_eval_limit)

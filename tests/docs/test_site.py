@@ -27,7 +27,7 @@ ROOT = Path(__file__).parents[2]
 def site(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("site")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     return folder
 
@@ -80,6 +80,9 @@ def test_the_papers_configurations_are_valid(tmp_path, monkeypatch):
         content = yaml.safe_load(block)
         root = Path(content["tasks"].get("root", "."))
         root.mkdir(exist_ok=True)
+        if content["tasks"]["source"] == "image-folder":
+            for part in ("train", "test"):
+                (root / part / "a class").mkdir(parents=True)
         for name in content["tasks"].get("tasks", []):
             file = root / name if name.endswith(".jsonl") else root / name / "train.jsonl"
             file.parent.mkdir(exist_ok=True)

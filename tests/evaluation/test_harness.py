@@ -11,8 +11,9 @@ import torch
 
 from clkit import api, build, resolve
 from clkit.cli import main
-from clkit.errors import CapabilityError, ConfigError, DataError
+from clkit.errors import CapabilityError, ConfigError, DataError, ModelError
 from clkit.result import RunResult
+from clkit.tasks import facts
 
 lm_eval = pytest.importorskip("lm_eval", reason="the harness is not installed: pip install 'clkit[lm-eval]'")
 
@@ -118,6 +119,15 @@ def test_a_limit_and_small_batches_take_the_same_records_and_examples(text_conte
     assert few == prompts[: 4 * 3] and few[0].count("=") == 3  # two examples and the question
 
 
+def test_tasks_made_in_python_get_the_columns_too(text_content, folder):
+    config = resolve.validate(content(text_content, folder))
+    made = build.make_tasks(resolve.validate(text_content))
+    result = api.run(config, tasks=made)
+    assert result.holdout == ["echo", "sums"]
+    with api.open_run(result.run_dir, tasks=made) as trainer:
+        assert [t.name for t in trainer.scored[-2:]] == ["echo", "sums"]
+
+
 def test_learning_does_not_notice(text_content, folder, tmp_path):
     plain = api.run(resolve.validate({**text_content, "output_dir": str(tmp_path / "plain")}))
     more = api.run(resolve.validate({**content(text_content, folder), "output_dir": str(tmp_path / "more")}))
@@ -188,3 +198,31 @@ def test_the_command_line_takes_a_path_from_where_it_is_started(text_content, fo
     assert main(["eval", text_content["output_dir"]]) == 0
     line = next(row for row in capsys.readouterr().out.splitlines() if row.startswith("sums"))
     assert line.endswith("lm-eval-acc-norm over 3 examples")
+
+
+@pytest.mark.real_llm
+@pytest.mark.slow
+def test_smollm2_before_and_after_stands_in_columns_of_its_own(tmp_path):
+    """Real common facts in a task file: known before training; what two steps of made-up facts do to them is measured."""
+    known = facts._with_options(facts._common_facts(), 4, 0)
+    rows = [{"q": r.prompt, "options": list(r.options), "gold": r.options.index(r.answer)} for r in known]
+    (tmp_path / "known.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    (tmp_path / "known.yaml").write_text(
+        "task: known\ndataset_path: json\ndataset_kwargs: {data_files: {test: known.jsonl}}\ntest_split: test\n"
+        "output_type: multiple_choice\ndoc_to_text: q\ndoc_to_target: gold\ndoc_to_choice: options\n"
+        "metric_list: [{metric: acc}]\n"
+    )
+    try:
+        result = api.fit(
+            "smollm2-135m",
+            {"source": "facts", "relations": ["city", "job"], "people": 4},
+            output_dir=tmp_path / "run",
+            train={"steps": 2, "batch_size": 3},
+            eval={"max_new_tokens": 4, "lm_eval": [str(tmp_path / "known.yaml")]},
+            **{"model.prompt": "plain", "model.dtype": "float32", "model.lora.r": 4},
+        )
+    except ModelError as error:
+        pytest.skip(f"smollm2-135m can't be loaded here: {error}")
+    before, after = result.initial[-1], result.matrix[:, -1]
+    assert before > 0.6, "four answers to choose from: chance is a quarter"
+    assert result.holdout == ["known"] and ((after >= 0) & (after <= 1)).all()
