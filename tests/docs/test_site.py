@@ -81,8 +81,9 @@ def test_the_papers_configurations_are_valid(tmp_path, monkeypatch):
         root = Path(content["tasks"].get("root", "."))
         root.mkdir(exist_ok=True)
         if content["tasks"]["source"] == "image-folder":
-            for part in ("train", "test"):
-                (root / part / "a class").mkdir(parents=True)
+            for name in range(100):
+                (root / "train" / str(name)).mkdir(parents=True)
+                (root / "test" / str(name)).mkdir(parents=True)
         for name in content["tasks"].get("tasks", []):
             file = root / name if name.endswith(".jsonl") else root / name / "train.jsonl"
             file.parent.mkdir(exist_ok=True)
