@@ -238,6 +238,7 @@ class _Job:
         case = Case(self.source, frozenset(gone), without(self.source.tasks, gone))
         if problems := self.method.check(case):  # before anything is written
             raise RequestError.collect(f"--method {self.method.name} can't serve this request:", problems)
+        self.method.admit(case)
         verdict = {"include": "taken along", "keep": "kept"}.get(decision or "", "none to decide on")
         near = {"found": len(choice.similar), "decision": verdict if choice.similar else "none to decide on"}
         self.ledger.advance(self.key, "selected", stones, near_duplicates=near)
