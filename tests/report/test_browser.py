@@ -55,7 +55,7 @@ class Visit:
         self.page.on("console", lambda message: self.errors.append(message.text))
         self.page.on("pageerror", lambda error: self.errors.append(str(error)))
         self.page.on("request", lambda request: self.requests.append(request.url))
-        self.page.goto(url)
+        self.page.goto(url, timeout=120_000)  # of a machine that does much else
 
     def __enter__(self):
         return self
