@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from clkit.editing.rows import Rows
 from clkit.models.location import Location
+from clkit.models.routing import CACHES, last_token
 from clkit.modes import evaluating
 
 
@@ -43,8 +47,15 @@ class Reader:
             self._decoder(input_ids, attention_mask)
         return found["in"], found["out"]
 
-    def prefix(self, rows: Rows) -> Prefix:
-        """Everything below the edited projection for ``rows``, computed once."""
+    def prefix(self, rows: Rows, answer_only: bool = False) -> Prefix:
+        """Everything that no step of an edit changes, computed once: what is below the edited projection.
+
+        Args:
+            rows: the edit.
+            answer_only: the edit changes nothing before the last token of a row's prompt. So what is above the
+                edited projection is constant there too: it is kept as keys and values, and steps run on what is left.
+        """
+        head = self._head(rows) if answer_only else None
         found: dict[str, Tensor] = {}
         block = self.location.blocks[self.location.block]
 
@@ -55,14 +66,29 @@ class Reader:
         hook = block.register_forward_hook(keep)
         try:
             with self._watching(found):
-                self._decoder(rows.input_ids, rows.attention_mask)
+                self._decoder(rows.input_ids, rows.attention_mask, head)
         finally:
             hook.remove()
         if self._direct is None:
-            self._direct = self._adds_directly(rows, found)
-        return Prefix(self, rows, found, self._direct)
+            self._direct = self._adds_directly(rows, found, head)
+        return Prefix(self, rows, found, self._direct, head)
 
-    def _adds_directly(self, rows: Rows, found: dict[str, Tensor]) -> bool:
+    def _head(self, rows: Rows) -> Head | None:
+        """The tokens before the first that an edit may change; None: there are none, or the model can't keep them."""
+        start = int(last_token(rows.prompt, rows.prompt.shape[1], len(rows.prompt)).min())
+        if start == 0 or "use_cache" not in self._takes:
+            return None
+        inputs = self._inputs(rows.input_ids[:, :start], rows.attention_mask[:, :start])
+        with torch.no_grad(), evaluating(self.location.lm):
+            made = self.location.decoder(**(inputs | {"use_cache": True}))
+        cache = next((made[name] for name in CACHES if name in made), None)
+        # Layers whose update makes new tensors, so that a copy of the list is a copy of the state.
+        plain = all(
+            type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in getattr(cache, "layers", [None])
+        )
+        return Head(start, cache) if plain else None
+
+    def _adds_directly(self, rows: Rows, found: dict[str, Tensor], head: Head | None) -> bool:
         """Whether what is added to the projection's output comes out of its block unchanged.
 
         True for all but the architectures that normalise the feed-forward part's output (Gemma 2 and 3, OLMo 2).
@@ -74,11 +100,12 @@ class Reader:
             block = self.location.blocks[self.location.block]
             hook = block.register_forward_hook(lambda m, args, out: shown.__setitem__("out", _first(out)))
             try:
-                self._decoder(rows.input_ids, rows.attention_mask)
+                self._decoder(rows.input_ids, rows.attention_mask, head)
             finally:
                 hook.remove()
-        gap = (shown["out"].float() - found["block out"].float() - probe)[rows.attention_mask.bool()]
-        return bool(gap.norm() < 0.05 * probe[rows.attention_mask.bool()].norm())
+        tokens = rows.attention_mask[:, -probe.shape[1] :].bool()
+        gap = (shown["out"].float() - found["block out"].float() - probe)[tokens]
+        return bool(gap.norm() < 0.05 * probe[tokens].norm())
 
     # --- running parts of the model ---------------------------------------------------------------------------------
     @contextlib.contextmanager
@@ -93,14 +120,18 @@ class Reader:
             hook.remove()
 
     @torch.no_grad()
-    def _decoder(self, input_ids: Tensor, attention_mask: Tensor) -> None:
+    def _decoder(self, input_ids: Tensor, attention_mask: Tensor, head: Head | None = None) -> None:
         with evaluating(self.location.lm):
-            self.location.decoder(**self._inputs(input_ids, attention_mask))
+            self.location.decoder(**self._inputs(input_ids, attention_mask, head))
 
-    def _inputs(self, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Any]:
+    def _inputs(self, input_ids: Tensor, attention_mask: Tensor, head: Head | None = None) -> dict[str, Any]:
         inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
         if self.positions and "position_ids" in self._takes:
             inputs["position_ids"] = position_ids(attention_mask)
+        if head is not None:
+            cut = {name: inputs[name][:, head.length :] for name in ("input_ids", "position_ids") if name in inputs}
+            name = next(name for name in CACHES if name in self._takes)
+            inputs |= {**cut, name: head.copy(len(input_ids)), "use_cache": True}
         return inputs
 
     @contextlib.contextmanager
@@ -134,27 +165,52 @@ class Reader:
 
         return forward
 
-    def logits(self, rows: Rows, at: Tensor) -> Tensor:
+    def logits(self, rows: Rows, at: Tensor, head: Head | None = None) -> Tensor:
         """(E, P, vocabulary) of the edit rows at the positions ``at``; evaluation mode is the caller's."""
-        inputs = self._inputs(rows.input_ids[: rows.edits], rows.attention_mask[: rows.edits])
+        inputs = self._inputs(rows.input_ids[: rows.edits], rows.attention_mask[: rows.edits], head)
+        at = at if head is None else at - head.length
         if "logits_to_keep" in self._takes:
             scores: Tensor = self.location.lm(**inputs, logits_to_keep=at).logits
             return scores
         return self.location.lm(**inputs).logits[:, at]  # type: ignore[no-any-return]
 
 
-class Prefix:
-    """The constant part of one edit's forward pass.
+@dataclass(frozen=True)
+class Head:
+    """The first tokens of all rows as keys and values.
 
     Attributes:
+        length: how many tokens (padding counts).
+        cache: of transformers, of all R rows.
+    """
+
+    length: int
+    cache: Any
+
+    def copy(self, rows: int) -> Any:
+        """A cache of the first ``rows`` rows to go on from; this one stays as it is."""
+        cache = copy.copy(self.cache)
+        cache.layers = [copy.copy(layer) for layer in self.cache.layers]
+        for layer in cache.layers:
+            layer.keys, layer.values = layer.keys[:rows], layer.values[:rows]
+        return cache
+
+
+class Prefix:
+    """The constant part of one edit's forward pass. Its T tokens are those after ``start``.
+
+    Attributes:
+        start: tokens of each row (padding counts) that no step computes again.
         activations: (R, T, in) float32, what the projection reads.
         base: (R, T, out) float32, what it gives without edits.
         block: the first block that has to run.
         states: (E, T, d) the hidden states of the edit rows that it reads, or that the last block gave.
     """
 
-    def __init__(self, reader: Reader, rows: Rows, found: dict[str, Tensor], direct: bool) -> None:
+    def __init__(self, reader: Reader, rows: Rows, found: dict[str, Tensor], direct: bool, head: Head | None) -> None:
         self._reader = reader
+        self._head = head
+        self.start = 0 if head is None else head.length
         self._rows = rows
         self._direct = direct
         self.activations = found["in"].float()
@@ -170,9 +226,9 @@ class Prefix:
         if self._direct:
             states = (self.states.float() + change).to(self.states.dtype)
             with reader.entering(self.block, states):
-                return reader.logits(self._rows, self._at)
+                return reader.logits(self._rows, self._at, self._head)
         with reader.entering(self.block, self.states), adding(reader.location.projection, change):
-            return reader.logits(self._rows, self._at)
+            return reader.logits(self._rows, self._at, self._head)
 
 
 @contextlib.contextmanager

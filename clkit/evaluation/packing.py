@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from clkit.models.lora import base_model
 from clkit.models.routing import marking_prompt
 
 # Decoders of transformers that take a 4-D mask and position ids and mix tokens by attention alone, as a test shows.
@@ -37,6 +38,7 @@ PACKABLE = frozenset(
 )
 # fmt: on
 
+_ROWS = "_clkit_reads_rows"
 _CHUNK = 256  # positions whose logits are turned to float32 at once
 
 
@@ -124,8 +126,15 @@ def _sums(logits: Tensor, wanted: list[tuple[int, int, int]], options: Sequence[
     return [[sum(itertools.islice(values, len(option))) for option in opts] for opts in options]
 
 
+def reads_rows(module: nn.Module, reads: bool = True) -> None:
+    """Say of a transformers model that what was put on it wants one sequence per row, or take that back."""
+    setattr(module, _ROWS, reads)
+
+
 def why_not_packed(module: nn.Module, longest: int) -> str | None:
     """Why :func:`packed_logliks` is wrong for ``module`` and sequences of ``longest`` tokens; None if it is right."""
+    if getattr(base_model(module), _ROWS, False):
+        return "edits on the model put text before the prompt"
     config = getattr(module, "config", None)
     kind = getattr(config, "model_type", None)
     if kind not in PACKABLE:

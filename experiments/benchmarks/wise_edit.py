@@ -82,7 +82,9 @@ def edit(rounds: int) -> None:
     others = Others(wise._stacked([]), wise._stacked([irrelevant]))
     print(f"rows {tuple(rows.input_ids.shape)}, targets {len(rows.learned)}")
     with wise.router.switched_off():
-        prefix = wise.reader.prefix(own)
+        prefix = wise.reader.prefix(own, answer_only=True)
+        ends = torch.where(rows.prompt, torch.arange(rows.prompt.shape[1]), 0).amax(dim=1)[:, None]
+        changed = (torch.arange(rows.prompt.shape[1]) >= ends)[..., None]
         settings = wise._settings(prefix.activations, prefix.base, own)
         objective = Objective(prefix, own, wise.router, settings, others=others)
         start = 1e-3 * torch.randn(wise.location.shape, generator=torch.Generator().manual_seed(0))
@@ -98,7 +100,7 @@ def edit(rounds: int) -> None:
 
             def add(module: torch.nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
                 read["x"] = args[0]
-                return out + F.linear(args[0], matrix)
+                return out + F.linear(args[0], matrix) * changed
 
             hook = wise.location.projection.register_forward_hook(add)
             scores = wise.location.lm(

@@ -16,6 +16,7 @@ from clkit.editing.layer_edits import LayerEditConfig, LayerEdits
 from clkit.editing.prefix import position_ids
 from clkit.editing.strategy import EditOutcome, Explanation
 from clkit.errors import CapabilityError
+from clkit.evaluation.packing import reads_rows
 from clkit.models.causal_lm import CausalLM
 from clkit.models.routing import Pass, PromptRouter, at_last_token
 from clkit.strategies.in_context.widening import Insertion, Widening
@@ -50,10 +51,12 @@ class InContext(LayerEdits):
         self._own, self._plain = decoder.__dict__.get("forward"), decoder.forward
         self._signature = inspect.signature(type(decoder).forward)
         decoder.forward = self._forward
+        reads_rows(self.location.lm)
 
     def detach(self) -> None:
         """Take everything off."""
         self.router.remove()
+        reads_rows(self.location.lm, False)
         if self._own is None:
             self.location.decoder.__dict__.pop("forward", None)
         else:

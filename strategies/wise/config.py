@@ -38,22 +38,34 @@ class WISEConfig(StrategyConfig):
     alpha: float | None = opt(None, "largest score wanted of irrelevant prompts, relative (compat: as it is)", above=0)
     beta: float | None = opt(None, "smallest score wanted of the edit's prompts", above=0)
     gamma: float | None = opt(None, "smallest distance wanted between the two", above=0)
-    clamp: float = opt(1.0, "largest change of one weight", above=0)
+    clamp: float | None = opt(
+        None, "largest change of one weight, relative to the layer's activations (compat: as it is)", above=0
+    )
     routing: str = opt(
         "router",
         "router: the prompt decides whether a memory answers; none: the one with the largest score always does",
         choices=("router", "none"),
+    )
+    reach: str = opt(
+        "answer",
+        "what a memory changes: answer = from the prompt's last token on; sequence = every token, as published",
+        choices=("answer", "sequence"),
     )
     slack: float = opt(0.88, "a memory answers above its threshold times this", above=0, max=1)
     stop_loss: float | None = opt(None, "an edit is learned when its loss is not above", min=0)
     contexts: int = opt(
         10, "texts that the model writes itself, put before the prompt to learn paraphrases", min=0, max=10
     )
-    negatives: int = opt(16, "built-in irrelevant prompts per edit, drawn anew for each (compat: none)", min=0)
+    negatives: int = opt(48, "built-in irrelevant prompts per edit, of 48 (compat: none)", min=0)
     history: int = opt(
         64,
         "per edit, prompts of earlier edits to go on answering, and as many of earlier edits to go on leaving alone, "
         "drawn anew for each (compat: none)",
+        min=0,
+    )
+    keep: float = opt(
+        100.0,
+        "how strongly an edit leaves alone what its memory says to other prompts (compat: 0)",
         min=0,
     )
     eos: bool = opt(True, "teach that the answer ends (compat: not)")
@@ -66,9 +78,17 @@ class WISEConfig(StrategyConfig):
 
 
 # Tried on three edits of SmolLM2-135M, README.md "Defaults".
-DEFAULTS = {"steps": 50, "learning_rate": 0.1, "alpha": 0.1, "beta": 0.4, "gamma": 0.2, "stop_loss": 0.05}
+DEFAULTS = {"steps": 50, "learning_rate": 0.1, "clamp": 3.0, "alpha": 0.1, "beta": 0.8, "gamma": 0.4, "stop_loss": 0.05}
 # EasyEdit @ 14cea82, hparams/WISE/llama-7b.yaml.
-PUBLISHED = {"steps": 70, "learning_rate": 1.0, "alpha": 5.0, "beta": 20.0, "gamma": 10.0, "stop_loss": 0.02}
+PUBLISHED = {
+    "steps": 70,
+    "learning_rate": 1.0,
+    "clamp": 1.0,
+    "alpha": 5.0,
+    "beta": 20.0,
+    "gamma": 10.0,
+    "stop_loss": 0.02,
+}
 
 
 def settled(config: WISEConfig) -> WISEConfig:
@@ -77,7 +97,7 @@ def settled(config: WISEConfig) -> WISEConfig:
     open_ = {name: value for name, value in numbers.items() if getattr(config, name) is None}
     config = dataclasses.replace(config, **open_)  # type: ignore[arg-type]
     if config.compat:
-        config = dataclasses.replace(config, eos=False, negatives=0, storage="float32")
+        config = dataclasses.replace(config, eos=False, negatives=0, storage="float32", reach="sequence", keep=0.0)
     return config
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from clkit.editing import contexts, rows
-from clkit.editing.prefix import Reader
+from clkit.editing.prefix import Prefix, Reader
 from clkit.errors import CapabilityError
 from clkit.models.causal_lm import CausalLM
 from clkit.models.location import locate
@@ -23,6 +23,7 @@ from clkit.strategies.wise.delta import SparseDelta
 from clkit.strategies.wise.masks import shard_mask
 from clkit.strategies.wise.merge import merge
 from clkit.strategies.wise.optimise import Objective, Others, Outcome, Settings, optimise
+from clkit.strategies.wise.protect import Protection
 from clkit.strategies.wise.published import build_published, dense_weight
 from clkit.strategies.wise.router import Router
 from clkit.strategies.wise.side_memory import SideLayer, SideMemory
@@ -44,6 +45,7 @@ class Wise:
         layer: the memories, in the order of their shards.
         live: the memory of the shard that is being filled, or None.
         prompts: per edit, in the order of learning, its prompt and, where it has one, its irrelevant prompt.
+        targets: per edit its new answer.
     """
 
     def __init__(self, model: CausalLM, config: WISEConfig, seed: int = 0) -> None:
@@ -54,17 +56,20 @@ class Wise:
         if config.compat:
             self._weight = dense_weight(location.projection)
             activation = _activation(location)
-        self.router = Router(self.config.slack, activation, config.compat, config.routing == "none")
+        always, answer_only = config.routing == "none", self.config.reach == "answer"
+        self.router = Router(self.config.slack, activation, config.compat, always, answer_only)
         self.reader = Reader(location, positions=not config.compat)
         self.layer = SideLayer(location, self.router)
         self.location = location
         self.live: SideMemory | None = None
         self.shard = 0
         self.prompts: dict[str, list[str]] = {}
+        self.targets: dict[str, str] = {}
         self._contexts: list[str] | None = None
         self._units: tuple[float, float] | None = None
         self._least = math.inf
         self._readings: dict[str, Tensor] = {}
+        self._said: dict[str, Tensor] = {}
 
     def remove(self) -> None:
         """Take everything off the model, which is then what it was before."""
@@ -88,6 +93,7 @@ class Wise:
         global_minimum = self.config.compat and self.config.mode == "merge"
         live.threshold = self._least if global_minimum else min(live.threshold, score)
         self.prompts[record.id] = [p for p in (record.prompt, record.locality_prompt) if p]
+        self.targets[record.id] = record.target_new
         if live not in self.layer.all():
             self.layer.put([*self.layer.all(), live])
         self.router.forget()
@@ -115,14 +121,34 @@ class Wise:
         config, device = self.config, self.location.device
         with self.router.switched_off(), evaluating(self.model.module):
             found = self._rows(record).to(device)
-            prefix = self.reader.prefix(found)
+            prefix = self.reader.prefix(found, self.router.answer_only)
             settings = self._settings(prefix.activations, prefix.base, found)
             weight = None if self._weight is None else self._weight.to(device)
             others = None if config.compat else self._others(record, held, gone)
             objective = Objective(prefix, found, self.router, settings, weight, others)
             mask = shard_mask(self.location.shape, config.mask_ratio, self.seed, shard, config.compat).to(device)
-            matrix, outcome = optimise(objective, matrix, mask)
+            kept = [i for i in held if i not in gone]
+            protection = self._protection(prefix, found, [] if config.compat else kept, others)
+            matrix, outcome = optimise(objective, matrix, mask, protection)
         return matrix, outcome, outcome.score
+
+    def _protection(self, prefix: Prefix, found: rows.Rows, kept: Sequence[str], others: Others | None) -> Protection:
+        """What steps leave alone: what edits ``kept`` in this memory say, and how little it says to ``others``."""
+        read = self.router.read(prefix.activations, found.prompt[:, prefix.start :])[: found.edits, 0]
+        size = float(read.square().sum(dim=-1).mean())
+        parts = [self.said(i) for i in kept] + ([] if others is None else [others.outside])
+        return Protection(torch.cat(parts) if parts else read[:0], read.mean(dim=0), size, self.config.keep)
+
+    def said(self, edit: str) -> Tensor:
+        """(P, in) what the projection reads where an edit's target and its end are predicted; kept like readings."""
+        if edit not in self._said:
+            form, prompt, target = self.model.form, self.prompts[edit][0], self.targets[edit]
+            alone = rows.build(form, prompt, target, [], [], self.model.max_length, self.config.eos)
+            alone = alone.to(self.location.device)
+            with self.router.switched_off():
+                x, _ = self.reader.activations(alone.input_ids, alone.attention_mask)
+            self._said[edit] = x[0, alone.learned].float()
+        return self._said[edit]
 
     def _rows(self, record: EditRecord) -> rows.Rows:
         form, config = self.model.form, self.config
@@ -170,19 +196,21 @@ class Wise:
 
         Scores are in units of the median size of the projection's outputs where they are read, and a step of 1 moves a
         score by about one such unit: the change of x dW goes with the squared size of x and with the part of it that
-        may move.
+        may move. A clamp of 1 is an output's size over an input's.
         """
         c = self.config
-        numbers = (c.steps, c.learning_rate, c.stop_loss, c.alpha, c.beta, c.gamma)
-        steps, rate, stop, *margins = (n if n is not None else math.nan for n in numbers)
+        numbers = (c.steps, c.learning_rate, c.clamp, c.stop_loss, c.alpha, c.beta, c.gamma)
+        steps, rate, clamp, stop, *margins = (n if n is not None else math.nan for n in numbers)
         unit, step = 1.0, 1.0
         if not c.compat:
             if self._units is None:
-                outputs, inputs = self.router.read(base, found.prompt), self.router.read(activations, found.prompt)
+                prompt = found.prompt[:, -base.shape[1] :]
+                outputs, inputs = self.router.read(base, prompt), self.router.read(activations, prompt)
                 self._units = float(outputs.norm(dim=-1).median()), float(inputs.square().sum(dim=-1).median())
             unit, squared = self._units
             step = unit * unit / (squared * c.mask_ratio)
-        return Settings(int(steps), rate * step, *margins, c.clamp, stop, unit)
+            clamp *= unit / squared**0.5
+        return Settings(int(steps), rate * step, *margins, clamp, stop, unit)
 
     def _zeros(self) -> Tensor:
         return torch.zeros(self.location.shape, device=self.location.device)
@@ -290,6 +318,8 @@ class Wise:
         for i in gone:
             for prompt in self.prompts.pop(i, []):
                 self._readings.pop(prompt, None)
+            self.targets.pop(i, None)
+            self._said.pop(i, None)
         if self.live is not None and not self.live.edits:
             self.live = None
         self.layer.put([m for m in memories if m.edits])
@@ -323,6 +353,7 @@ class Wise:
             "contexts": self._contexts,
             "units": None if self._units is None else list(self._units),
             "prompts": self.prompts,
+            "targets": self.targets,
             "live": self.live is not None,
             "memories": [m.to_state("float32" if m is self.live else storage) for m in self.layer.all()],
         }
@@ -334,6 +365,7 @@ class Wise:
         self._contexts = state["contexts"]
         self._units = None if state["units"] is None else (state["units"][0], state["units"][1])
         self.prompts = {i: list(texts) for i, texts in state["prompts"].items()}
+        self.targets = dict(state["targets"])
         self.layer.put([SideMemory.from_state(m) for m in state["memories"]])
         self.live = self.layer.all()[-1] if state["live"] else None
 

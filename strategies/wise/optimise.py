@@ -13,7 +13,9 @@ from clkit.editing.losses import target_loss
 from clkit.editing.prefix import Prefix
 from clkit.editing.rows import Rows
 from clkit.errors import NumericalError
+from clkit.models.routing import last_token
 from clkit.strategies.wise.losses import margin_loss
+from clkit.strategies.wise.protect import Protection
 from clkit.strategies.wise.router import Router, change_sizes
 
 # The published code's weight decay, which reaches the frozen entries too.
@@ -26,7 +28,7 @@ class Settings:
 
     Attributes:
         unit: the scores that ``alpha``, ``beta`` and ``gamma`` are compared with are divided by it.
-        learning_rate: of plain gradient descent on the matrix.
+        learning_rate: of gradient descent on the matrix.
     """
 
     steps: int
@@ -88,12 +90,18 @@ class Objective:
     ) -> None:
         self.prefix, self.rows, self.router, self.settings, self.weight = prefix, rows, router, settings, weight
         self.others = others
-        self._read = router.read(prefix.activations, rows.prompt), router.read(prefix.base, rows.prompt)
+        prompt = rows.prompt[:, prefix.start :]
+        places = torch.arange(prompt.shape[1], device=prompt.device)
+        first = last_token(prompt, prompt.shape[1], len(prompt))[: rows.edits, None]
+        self._silent = (places < first)[..., None] if router.answer_only else None
+        self._read = router.read(prefix.activations, prompt), router.read(prefix.base, prompt)
 
     def __call__(self, matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Target loss, margin loss and the scores (R,) of all rows, for a matrix (out, in) float32."""
         prefix, rows, s = self.prefix, self.rows, self.settings
         change = self._change(matrix, prefix.activations[: rows.edits], prefix.base[: rows.edits])
+        if self._silent is not None:
+            change = change.masked_fill(self._silent, 0.0)
         answer = target_loss(prefix.logits(change), prefix.targets, int(self.router.compat))
         read, base = self._read
         # The published statistic switches to the maximum at inference only.
@@ -109,13 +117,14 @@ class Objective:
         return change if self.weight is None else change - base
 
 
-def optimise(objective: Objective, matrix: Tensor, mask: Tensor) -> tuple[Tensor, Outcome]:
+def optimise(objective: Objective, matrix: Tensor, mask: Tensor, protection: Protection) -> tuple[Tensor, Outcome]:
     """Learn one edit.
 
     Args:
         objective: the loss.
         matrix: (out, in) float32, the side memory so far; not changed.
         mask: (out, in) bool, the entries that may move.
+        protection: what steps leave alone.
 
     Returns:
         The new matrix, and what happened.
@@ -146,6 +155,6 @@ def optimise(objective: Objective, matrix: Tensor, mask: Tensor) -> tuple[Tensor
         before = value
         (gradient,) = torch.autograd.grad(total, matrix)
         with torch.no_grad():
-            update = gradient * mask + decay * matrix
+            update = protection.step(gradient, mask) + decay * matrix
             matrix = torch.clamp(matrix - s.learning_rate * update, centre - s.clamp, centre + s.clamp)
     return matrix.detach() - centre, outcome

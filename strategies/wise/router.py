@@ -6,13 +6,13 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from clkit.errors import RequestError, did_you_mean
-from clkit.models.routing import PromptRouter, at_last_token
+from clkit.models.routing import PromptRouter, at_last_token, last_token
 
 if TYPE_CHECKING:
     from clkit.strategies.wise.side_memory import SideMemory
@@ -38,6 +38,18 @@ class Decision:
     thresholds: dict[str, float]
 
 
+class Answer(NamedTuple):
+    """Who answers a sequence.
+
+    Attributes:
+        memory: its index, -1 = the model itself.
+        start: the first token of this pass that it changes.
+    """
+
+    memory: int
+    start: int
+
+
 def change_sizes(change: Tensor, base: Tensor, activation: Activation | None = None) -> Tensor:
     """(B, P) how much a memory changes each token's output: the norm of x dW (WISE, eq. 3).
 
@@ -59,6 +71,7 @@ class Router(PromptRouter):
         slack: a score must exceed threshold * slack.
         activation: see :func:`change_sizes`.
         compat: the published statistic: the mean over all positions, padding too, and the maximum of more than 100.
+        answer_only: a memory changes what stands from the prompt's last token on; else the whole sequence.
         always: thresholds do not count: the memory with the largest score answers, whatever it is.
 
     Attributes:
@@ -66,13 +79,19 @@ class Router(PromptRouter):
     """
 
     def __init__(
-        self, slack: float, activation: Activation | None = None, compat: bool = False, always: bool = False
+        self,
+        slack: float,
+        activation: Activation | None = None,
+        compat: bool = False,
+        always: bool = False,
+        answer_only: bool = True,
     ) -> None:
         super().__init__()
         self.slack = slack
         self.activation = activation
         self.compat = compat
         self.always = always
+        self.answer_only = answer_only
         self.last: list[Decision] = []
         self._forced: tuple[str | None] | None = None
 
@@ -91,8 +110,8 @@ class Router(PromptRouter):
 
     # --- deciding ---------------------------------------------------------------------------------------------------
     @torch.no_grad()
-    def route(self, x: Tensor, base: Tensor, memories: Sequence[SideMemory]) -> list[int]:
-        """The index of the memory that answers each sequence, -1 for none; decides if that is not done yet.
+    def route(self, x: Tensor, base: Tensor, memories: Sequence[SideMemory]) -> list[Answer]:
+        """Who answers each sequence, and from which token of this pass on; decides if that is not done yet.
 
         Args:
             x: (B, T, in) what the projection reads.
@@ -100,15 +119,15 @@ class Router(PromptRouter):
             memories: to choose from.
         """
         call = self.current()
-        if self._forced is not None:
-            return [self._index(self._forced[0], memories)] * len(x)
         if call.choice is None or len(call.choice) != len(x):
             mask = self.prompt_mask(call, x)
             read, output = self.read(x, mask), self.read(base, mask)
             sizes = [change_sizes(memory(read), output, self.activation) for memory in memories]
             scores = torch.stack([self.statistic(size) for size in sizes]).T
             limits = [-math.inf if self.always else m.threshold * self.slack for m in memories]
-            call.choice = choose(scores, limits)
+            chosen = choose(scores, limits)
+            ends = call.past + last_token(mask, x.shape[1], len(x))
+            call.choice = list(zip(chosen, ends.tolist(), strict=True))
             names = [m.name for m in memories]
             self.last = [
                 Decision(
@@ -116,9 +135,13 @@ class Router(PromptRouter):
                     dict(zip(names, row, strict=True)),
                     dict(zip(names, limits, strict=True)),
                 )
-                for k, row in zip(call.choice, scores.tolist(), strict=True)
+                for k, row in zip(chosen, scores.tolist(), strict=True)
             ]
-        return list(call.choice)
+        forced = None if self._forced is None else self._index(self._forced[0], memories)
+        return [
+            Answer(k if forced is None else forced, max(end - call.past, 0) if self.answer_only else 0)
+            for k, end in call.choice
+        ]
 
     def read(self, values: Tensor, mask: Tensor | None) -> Tensor:
         """(B, P, d) the positions of ``values`` (B, T, d) that are scored: the last one of the prompt.

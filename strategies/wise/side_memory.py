@@ -108,15 +108,16 @@ class SideLayer:
         memories = self.all()
         if not memories or self.router.off:
             return output
-        choice = self.router.route(args[0], output, memories)
-        if all(k < 0 for k in choice):
+        answers = self.router.route(args[0], output, memories)
+        if all(k < 0 for k, _ in answers):
             return output
-        x = args[0]
-        if len(set(choice)) == 1:
-            changed: Tensor = (output.float() + memories[choice[0]](x)).to(output.dtype)
-            return changed
-        result = output.clone()
-        for k in sorted({k for k in choice if k >= 0}):
-            which = torch.tensor([i for i, c in enumerate(choice) if c == k], device=x.device)
-            result[which] = (result[which].float() + memories[k](x[which])).to(result.dtype)
+        x, result = args[0], output.clone()
+        for k in sorted({k for k, _ in answers if k >= 0}):
+            which = [i for i, a in enumerate(answers) if a.memory == k]
+            start = min(answers[i].start for i in which)
+            rows = torch.tensor(which, device=x.device)
+            change = memories[k](x[rows, start:])
+            late = torch.tensor([answers[i].start for i in which], device=x.device)[:, None] - start
+            change[torch.arange(change.shape[1], device=x.device) < late] = 0.0
+            result[rows, start:] = (result[rows, start:].float() + change).to(result.dtype)
         return result

@@ -8,6 +8,7 @@ from wise_models import logits, record, tiny
 
 from clkit.editing.prefix import position_ids
 from clkit.errors import CapabilityError
+from clkit.evaluation.packing import rowwise_logliks, why_not_packed
 from clkit.strategies.in_context.strategy import InContext, InContextConfig
 from clkit.strategies.in_context.widening import Insertion, Widening
 
@@ -88,6 +89,18 @@ def test_the_statement_stands_inside_the_chat_template():
     strategy.attach(model, 0)
     strategy.learn(record(0))
     torch.testing.assert_close(logits(model, "<u>Town of 0?</u><a>")[-1], wanted, rtol=0, atol=1e-4)
+
+
+def test_options_are_scored_a_row_each_behind_what_is_told(told):
+    module = told.model.module
+    assert why_not_packed(module, 10) == "edits on the model put text before the prompt"
+    encode = told.model.tokenizer
+    options = [encode(o).input_ids for o in ("T0x", "Sum")]
+    ours = rowwise_logliks(module, [encode("Town of 0? ").input_ids], [options])
+    plain = rowwise_logliks(tiny().module, [encode(TOLD + "Town of 0? ").input_ids], [options])
+    assert ours[0] == pytest.approx(plain[0], abs=1e-4)
+    told.detach()
+    assert why_not_packed(module, 10) is None
 
 
 def test_forgetting_and_detaching_leave_the_model_alone(told):

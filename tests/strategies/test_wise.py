@@ -17,6 +17,7 @@ from clkit.strategies.wise.config import WISEConfig, problems, settled
 from clkit.strategies.wise.core import Wise
 from clkit.strategies.wise.masks import shard_mask
 from clkit.strategies.wise.optimise import Objective, optimise
+from clkit.strategies.wise.protect import Protection
 
 PROMPTS = ("Town of 0?", "Town of 3?", "anything else")
 
@@ -81,7 +82,8 @@ def test_only_entries_of_the_mask_move_and_none_further_than_the_clamp():
     matrix = wise.layer.all()[0].matrix
     mask = shard_mask((32, 48), 0.2, 0, 0)
     assert not bool(matrix[~mask].any()) and bool(matrix[mask].any())
-    assert float(matrix.abs().max()) == pytest.approx(0.01)
+    unit, squared = wise._units  # the clamp is relative to them
+    assert float(matrix.abs().max()) == pytest.approx(0.01 * unit / squared**0.5)
 
 
 def test_a_loss_that_is_not_finite_is_an_error_and_nothing_changes():
@@ -105,7 +107,8 @@ def test_one_step_is_masked_gradient_descent_with_a_clamp():
         answer, margin, scores = (value.detach() if i == 2 else value for i, value in enumerate(objective(start)))
         (gradient,) = torch.autograd.grad(answer + margin, start)
         mask = shard_mask((32, 48), 0.2, 0, 0)
-        matrix, outcome = optimise(objective, torch.zeros(32, 48), mask)
+        nothing = Protection(torch.zeros(0, 48), torch.zeros(48), 1.0, 0.0)
+        matrix, outcome = optimise(objective, torch.zeros(32, 48), mask, nothing)
     expected = (-settings.learning_rate * gradient * mask).clamp(-1, 1)
     torch.testing.assert_close(matrix, expected, rtol=0, atol=1e-7)
     assert outcome.losses == [(answer.item(), margin.item())]

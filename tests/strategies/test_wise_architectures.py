@@ -33,10 +33,12 @@ def test_an_empty_memory_changes_nothing_and_scores_nothing(name):
 def full_pass(wise, rows, matrix, settings):
     """Loss of one edit by a plain forward pass of the whole model, all logits, all layers."""
     read = {}
+    ends = torch.tensor([int(p.nonzero().max()) for p in rows.prompt])[:, None]
+    changed = torch.arange(rows.prompt.shape[1]) >= (ends if wise.router.answer_only else 0)
 
     def add(module, args, out):
         read["x"] = args[0]
-        return out + F.linear(args[0], matrix)
+        return out + F.linear(args[0], matrix) * changed.expand(out.shape[:2])[..., None]
 
     inputs = {"input_ids": rows.input_ids, "attention_mask": rows.attention_mask}
     if "position_ids" in wise.reader._takes:
@@ -51,15 +53,17 @@ def full_pass(wise, rows, matrix, settings):
     return answer, margin_loss(means[: rows.edits], means[rows.edits :], settings.alpha, settings.beta, settings.gamma)
 
 
+@pytest.mark.parametrize("reach", ["answer", "sequence"])
 @pytest.mark.parametrize("layer", ["0", "1", "-1"])
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_the_cached_prefix_has_the_gradients_of_a_full_pass(name, layer):
-    wise, edit = Wise(tiny(name), quick(layer=layer)), record(1)
+def test_the_cached_prefix_has_the_gradients_of_a_full_pass(name, layer, reach):
+    wise, edit = Wise(tiny(name), quick(layer=layer, reach=reach)), record(1)
     rows = wise._rows(edit)
     whole = build(wise.model.form, edit.prompt, edit.target_new, wise._contexts, [edit.locality_prompt], 200, eos=True)
     others = Others(wise._stacked([]), wise._stacked([edit.locality_prompt]))
     with wise.router.switched_off():
-        prefix = wise.reader.prefix(rows)
+        prefix = wise.reader.prefix(rows, reach == "answer")
+        assert (prefix.start > 0) == (reach == "answer")
         settings = wise._settings(prefix.activations, prefix.base, rows)
         matrix = 0.01 * torch.randn(wise.location.shape, generator=torch.Generator().manual_seed(0))
         matrix.requires_grad_()
@@ -81,7 +85,7 @@ def test_only_what_is_above_the_edited_layer_runs_while_an_edit_is_learned():
     wise.location.lm.lm_head.register_forward_hook(lambda m, args, out: heads.append(tuple(out.shape[:2])))
     wise._contexts = ["a", "bb"]
     wise.learn(record(0))
-    once = 1 + 4  # the rows; alone the prompt, its irrelevant one and two built-in ones
+    once = 2 + 4  # the rows, before and after their prompts' end; alone the prompt, its irrelevant one and two built-in
     assert counts[:3] == [once, once, once + 1]  # the edited block also to see that it adds directly
     assert counts[3] == 5 + once + 1
     assert heads == [(3, len("T0x") + 1)] * 5  # only edit rows, only where a target or the end is predicted
