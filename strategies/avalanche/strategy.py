@@ -41,7 +41,7 @@ class Avalanche(Strategy):
 
     @classmethod
     def check(cls, config: AvalancheConfig) -> list[Problem]:
-        """The plug-in exists, can be resumed, takes these arguments, and no second buffer is asked for beside its own."""
+        """The plug-in exists, can be resumed and takes these arguments, and no second buffer is asked for."""
         found: list[Problem] = problems(config.plugin, config.options)
         if config.plugin in OWN_BATCHES and config.replay.size:
             what = f"{config.plugin} makes its own batches and never reads this buffer; set strategy.options.mem_size"

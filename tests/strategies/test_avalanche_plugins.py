@@ -275,7 +275,9 @@ def test_options_are_checked_against_the_plug_in_before_anything_runs(plugin, op
 
 def test_a_second_buffer_that_would_never_be_read_is_refused():
     strategy = {"name": "avalanche", "plugin": "gdumb", "options": {"mem_size": 9}, "replay": {"size": 5}}
-    with pytest.raises(ConfigError, match="strategy.replay.size: gdumb makes its own batches .*strategy.options.mem_size"):
+    with pytest.raises(
+        ConfigError, match="strategy.replay.size: gdumb makes its own batches .*strategy.options.mem_size"
+    ):
         resolve.validate({"strategy": strategy})
     resolve.validate({"strategy": {**strategy, "plugin": "ewc", "options": {"ewc_lambda": 1}}})
 
