@@ -23,7 +23,7 @@ from clkit.models.resolve import resolve, settled
 from clkit.models.sizes import configuration, empty
 
 
-class Live(TorchDispatchMode):
+class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the bytes of all tensors that come into being within it, and of how many at once.
 
     Attributes:
@@ -32,7 +32,7 @@ class Live(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.now = self.peak = 0
         self._known: set[int] = set()
 
@@ -105,7 +105,7 @@ def _counted(module: nn.Module) -> Iterator[Live]:
         live.ignore(tensor)
     for parameter in module.parameters():
         if parameter.requires_grad:
-            parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+            parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))  # type: ignore[no-untyped-call]
     with live:
         yield live
 

@@ -91,7 +91,7 @@ def locate(module: nn.Module, where: str, depth: float) -> Location:
 def decoder_blocks(module: nn.Module) -> tuple[nn.Module, str, nn.ModuleList] | None:
     """The decoder of a causal language model, and the name below it and the list of its blocks; None without one."""
     lm: Any = base_model(module)
-    decoder = lm.get_decoder() if callable(getattr(lm, "get_decoder", None)) else None
+    decoder: Any = lm.get_decoder() if callable(getattr(lm, "get_decoder", None)) else None
     count: int = getattr(getattr(decoder, "config", None), "num_hidden_layers", 0)
     for name, part in decoder.named_modules() if decoder is not None else ():
         if isinstance(part, nn.ModuleList) and len(part) == count > 0:

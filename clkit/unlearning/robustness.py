@@ -26,7 +26,7 @@ def relearn(
     for step in range(steps):
         drawn = torch.arange(rows * step, rows * (step + 1)) % len(encoded)
         optimizer.zero_grad()
-        model.loss(encoded.batch(drawn.unique()).to(model.device)).backward()
+        torch.autograd.backward(model.loss(encoded.batch(torch.unique(drawn)).to(model.device)))
         optimizer.step()
     optimizer.zero_grad()
 
