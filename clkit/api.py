@@ -117,7 +117,7 @@ def run(
     config = build.located(config)
     made = {"tasks_from": tasks, "model_from": model, "strategy_from": strategy}
     forgotten = in_force(config.output_dir)
-    given = tasks or build.make_tasks(config)
+    given = build.make_tasks(config, tasks)
     tasks = forgotten.apply(given)
     if left_out := len(forgotten.places(given)):
         progress.say(f"{left_out} records are left out, because deletion requests took them out")
@@ -245,7 +245,7 @@ def open_run(
     config = resolve.load(path / "config.yaml")
     config = dataclasses.replace(config, output_dir=str(path))
     # Its data as they were: what was forgotten after it began is still in what it learned.
-    tasks = in_force(path, upto=facts.get("tombstones", 0)).apply(tasks or build.make_tasks(config))
+    tasks = in_force(path, upto=facts.get("tombstones", 0)).apply(build.make_tasks(config, tasks))
     engine = build.make_engine(config.engine)
     with directory.locked():
         directory.begin(resolve.to_dict(config), collect(tasks))

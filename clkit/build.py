@@ -22,6 +22,7 @@ from clkit.resolve import validate
 from clkit.rng import fresh_generator
 from clkit.tasks import build_tasks
 from clkit.tasks.base import LabelledExamples, Task, TaskSequence, TextExamples
+from clkit.tasks.harness import holdout_tasks
 
 if TYPE_CHECKING:
     from clkit.engine.base import Engine
@@ -29,9 +30,16 @@ if TYPE_CHECKING:
     from clkit.strategy import Strategy
 
 
-def make_tasks(config: RunConfig) -> TaskSequence:
-    """Read or generate the tasks; a DataError lists everything that is wrong with them."""
-    return build_tasks(config.tasks.name, config.tasks.config, config.seed)
+def make_tasks(config: RunConfig, tasks: TaskSequence | None = None) -> TaskSequence:
+    """Read or generate the tasks, or take those given; `eval.lm_eval` adds its holdout tasks to either.
+
+    A DataError lists everything that is wrong with them.
+    """
+    tasks = tasks or build_tasks(config.tasks.name, config.tasks.config, config.seed)
+    if not config.eval.lm_eval:
+        return tasks
+    general, files = holdout_tasks(config.eval.lm_eval, config.eval.lm_eval_limit)
+    return TaskSequence(tasks.tasks, [*tasks.holdout, *general], tasks.scenario, [*tasks.files, *files])
 
 
 def whole(tasks: TaskSequence) -> list[Task]:
@@ -108,7 +116,14 @@ def located(config: RunConfig) -> RunConfig:
         else:
             options = dataclasses.replace(options, root=_absolute(root))
     strategy = Plugin(config.strategy.name, _located_fields(config.strategy.config))
-    return dataclasses.replace(config, model=model, tasks=Plugin(config.tasks.name, options), strategy=strategy)
+    harness = [_absolute(Path(entry).expanduser()) for entry in config.eval.lm_eval]
+    return dataclasses.replace(
+        config,
+        model=model,
+        tasks=Plugin(config.tasks.name, options),
+        strategy=strategy,
+        eval=dataclasses.replace(config.eval, lm_eval=harness),
+    )
 
 
 def _located_fields(options: Any) -> Any:
@@ -208,6 +223,7 @@ def _metric_errors(tasks: TaskSequence, also: Sequence[str]) -> list[ClkitError]
 def _check_metric(task: Task, metric: str) -> None:
     from clkit.evaluation.base import Scoring
     from clkit.evaluation.generation import TolerantMatch
+    from clkit.evaluation.harness import HarnessAcc
     from clkit.evaluation.options import OptionLogLikelihood
 
     if metric not in SCORERS:
@@ -220,7 +236,7 @@ def _check_metric(task: Task, metric: str) -> None:
         )
     if not len(task.eval):
         raise DataError(f"task '{task.name}' has no evaluation examples to score with '{metric}'")
-    if isinstance(scorer, OptionLogLikelihood | TolerantMatch) and isinstance(task.eval, TextExamples):
+    if isinstance(scorer, OptionLogLikelihood | TolerantMatch | HarnessAcc) and isinstance(task.eval, TextExamples):
         # The metric's own check, with every option taken to have tokens: those are known once there is a tokeniser.
         records = cast(Any, SimpleNamespace(records=task.eval.records, option_ids=lambda i: [[0]]))
         model = cast(Any, SimpleNamespace(generate=None))  # that it writes text follows from the kind of the tasks

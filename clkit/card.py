@@ -72,7 +72,7 @@ def _metrics(result: RunResult) -> list[str]:
     return [
         "| metric | value | better | formula |",
         "|---|---:|---|---|",
-        *(f"| {k} | {v:.4f} | {DEFINITIONS[k].direction} | `{DEFINITIONS[k].formula}` |" for k, v in defined.items()),
+        *(f"| {k} | {v:.4f} | {result.scores.direction(k)} | `{DEFINITIONS[k].formula}` |" for k, v in defined.items()),
         "",
         "`R[k,i]`: score of task i after learning task k; T: number of tasks.",
     ]

@@ -156,6 +156,17 @@ class CheckpointStore:
                 path.rename(path.with_name(f"{why}-{path.name}"))
 
 
+class FollowerStore(CheckpointStore):
+    """Reads what the first process of a run wrote."""
+
+    def save(self, state: dict[str, Any]) -> Path:
+        """Nothing."""
+        return self.directory
+
+    def _set_aside(self, paths: Iterable[Path], why: str) -> None:
+        """Nothing."""
+
+
 def _total_steps(path: Path) -> int:
     """How many steps a checkpoint has behind it, by ``state.json`` alone; -1 when that can't be read."""
     try:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from clkit.editing.cli import add_edit_command
-from clkit.errors import ClkitError, ConfigError
+from clkit.errors import CapabilityError, ClkitError, ConfigError
 from clkit.report.command import add_report_command
 from clkit.sweep.command import add_sweep_command
 
@@ -242,6 +242,7 @@ def _launched(arguments: Any, configs: Sequence[Any]) -> bool:
 
     Raises:
         ConfigError: the number is wrong, or the engine is one for a single process.
+        CapabilityError: the engine is the private one, which DeepSpeed can't stand in for.
     """
     from clkit.engine import launch
 
@@ -254,6 +255,10 @@ def _launched(arguments: Any, configs: Sequence[Any]) -> bool:
             raise ConfigError(f"--num-processes: got {count}, but the launcher started {launch.world()}; drop one")
     alone = [c.name for c in configs if c.engine.name != "deepspeed"]
     if alone and max(count, launch.world()) > 1:
+        if any(c.engine.name == "private" for c in configs):
+            raise CapabilityError(
+                "engine=private is a single process: DeepSpeed adds gradients up before each example's could be clipped"
+            )
         raise ConfigError(f"run '{alone[0]}': its engine is a single process; set engine=deepspeed for several")
     if count == 1 or launch.running():
         return False

@@ -139,6 +139,11 @@ class EvalConfig:
         "further metrics of every task, each a matrix of its own (clkit ls metrics); [exact-match, tolerant-match] "
         "splits forgetting into superficial and essential",
     )
+    lm_eval: list[str] = opt(
+        [],
+        "task files of lm-evaluation-harness, or folders of them, that become holdout tasks (general ability)",
+    )
+    lm_eval_limit: int = opt(0, "the first so many records of each of these tasks; 0 = all", min=0)
 
 
 @dataclass

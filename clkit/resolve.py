@@ -355,6 +355,10 @@ def _cross_checks(config: RunConfig) -> list[Problem]:
     problems += [Problem("eval.also", SCORERS.unknown(name)) for name in config.eval.also if name not in SCORERS]
     for name in sorted({name for name in config.eval.also if config.eval.also.count(name) > 1}):
         problems.append(Problem("eval.also", f"'{name}' is listed twice"))
+    if config.eval.lm_eval:
+        from clkit.tasks.harness import problems as harness_problems
+
+        problems += harness_problems(config.eval.lm_eval)
     for i, overrides in enumerate(config.compare):
         problems += [Problem(f"compare[{i}]", f"got {o!r}, expected key=value") for o in overrides if "=" not in o]
     return problems

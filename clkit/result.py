@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -188,16 +190,26 @@ def compare_text(results: list[RunResult]) -> str:
 
 def compared(results: list[RunResult]) -> list[tuple[str, list[float | None], str]]:
     """What runs are compared by: metric, its value in each run (None = undefined), and which direction is better."""
-    rows = [(k, [r.metrics.get(k) for r in results], str(DEFINITIONS[k].direction)) for k in DEFINITIONS]
+
+    def better(key: str, of: Callable[[RunResult], Scores | None]) -> str:
+        found = {scores.direction(key) for r in results if (scores := of(r)) is not None}
+        return found.pop() if len(found) == 1 else str(DEFINITIONS[key].direction)
+
+    rows = [(k, [r.metrics.get(k) for r in results], better(k, lambda r: r.scores)) for k in DEFINITIONS]
     names = dict.fromkeys(name for r in results for name in r.further)
     for name in names:
         found = [r.further[name].metrics() if name in r.further else {} for r in results]
-        rows += [(f"{name}: {k}", [m.get(k) for m in found], str(DEFINITIONS[k].direction)) for k in SHOWN]
+        of = partial(_further_scores, name)
+        rows += [(f"{name}: {k}", [m.get(k) for m in found], better(k, of)) for k in SHOWN]
     splits = [r.format_split for r in results]
     for metric in dict.fromkeys(m for split in splits for m in split):
         for part in ("superficial", "essential"):
             rows.append((f"{part} forgetting ({metric})", [s.get(metric, {}).get(part) for s in splits], "lower"))
     return [row for row in rows if any(value is not None for value in row[1])]
+
+
+def _further_scores(name: str, result: RunResult) -> Scores | None:
+    return result.further.get(name)
 
 
 def _columns(scores: Scores) -> dict[str, Any]:

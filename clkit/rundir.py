@@ -8,19 +8,22 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from clkit.checkpoint import CheckpointStore
 from clkit.cost import Meter
 from clkit.errors import BusyError, CheckpointError, ClkitError, ConfigError
 from clkit.files import disk_errors, write_json, write_text
 from clkit.resolve import read_file, to_dict, validate
+
+if TYPE_CHECKING:
+    from clkit.checkpoint import CheckpointStore
 
 # Keys of the configuration that change no number of a run; a resume may differ in them.
 _FREE = ("name", "output_dir", "checkpoint", "tracking", "compare")
@@ -65,10 +68,17 @@ class RunDirectory:
 
     def __init__(self, path: str | Path, keep: int = 2) -> None:
         self.path = Path(path)
-        self.checkpoints = CheckpointStore(self.path / "checkpoints", keep)
+        self._keep = keep
         self._lock = FileLock(self.path / ".lock")
         self._events: Any = None
         self._meter: Meter | None = None
+
+    @cached_property
+    def checkpoints(self) -> CheckpointStore:
+        """What is resumed from. The class is imported when it is asked for: reading a result needs no torch."""
+        from clkit.checkpoint import CheckpointStore
+
+        return CheckpointStore(self.path / "checkpoints", self._keep)
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -283,23 +293,15 @@ class RunDirectory:
             self._events = None
 
 
-class _FollowerStore(CheckpointStore):
-    """Reads what the first process wrote."""
-
-    def save(self, state: dict[str, Any]) -> Path:
-        """Nothing."""
-        return self.directory
-
-    def _set_aside(self, paths: Iterable[Path], why: str) -> None:
-        """Nothing."""
-
-
 class Follower(RunDirectory):
     """The run directory as every process but the first sees it: it reads and never writes."""
 
-    def __init__(self, path: str | Path, keep: int = 2) -> None:
-        super().__init__(path, keep)
-        self.checkpoints = _FollowerStore(self.path / "checkpoints", keep)
+    @cached_property
+    def checkpoints(self) -> CheckpointStore:
+        """Read only."""
+        from clkit.checkpoint import FollowerStore
+
+        return FollowerStore(self.path / "checkpoints", self._keep)
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from clkit.evaluation import SCORERS
-from clkit.metrics.continual import summarize
+from clkit.metrics.continual import DEFINITIONS, LEVELS, summarize
 from clkit.metrics.format import STRICT, TOLERANT, split_forgetting
 
 
@@ -43,6 +43,16 @@ class Scores:
         count = len(self.matrix)
         initial = None if np.isnan(self.initial[:count]).all() else self.initial[:count]
         return summarize(self.matrix[:, :count], initial=initial, higher_is_better=self.higher_is_better[:count])
+
+    def direction(self, metric: str) -> str:
+        """Which direction of a metric of the sequence is better here: ``higher`` or ``lower``.
+
+        Levels, such as the average accuracy, are in the scores' own unit: of perplexities the lower is better.
+        """
+        count = len(self.matrix)
+        if metric in LEVELS and count and not any(self.higher_is_better[:count]):
+            return "lower"
+        return str(DEFINITIONS[metric].direction)
 
     def state_dict(self) -> dict[str, Any]:
         """The numbers, as float64 tensors."""

@@ -14,6 +14,7 @@ from typing import Any
 from mkdocs.structure.files import File
 
 ROOT = Path(__file__).parents[1]
+_OPTIONS = re.compile(r"<!-- options: ([\w-]+) -->")
 _LINK = re.compile(r"\]\((?!https?:|#|mailto:)([^)#\s]+)(#[^)]*)?\)")
 
 
@@ -28,7 +29,10 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
-    """Links into the repository become links into the site where the page is there, and plain text elsewhere."""
+    """Links into the repository become links into the site where the page is there, and plain text elsewhere.
+
+    ``<!-- options: NAME -->`` becomes the table of that strategy's own options, made from its dataclass.
+    """
     here = page.file.src_uri
     method = re.fullmatch(r"methods/(\w+)\.md", here)
     folder = f"strategies/{method[1]}" if method else posixpath.dirname(f"docs/{here}")
@@ -41,7 +45,7 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
             return f"] (`{target}`)" if (ROOT / target).exists() else match[0]
         return f"]({posixpath.relpath(inside, posixpath.dirname(here) or '.')}{match[2] or ''})"
 
-    found = _LINK.sub(fitting, markdown)
+    found = _OPTIONS.sub(own_options, _LINK.sub(fitting, markdown))
     return re.sub(r"\[([^\]]+)\] \(`", r"\1 (`", found)
 
 
@@ -68,6 +72,16 @@ def options() -> str:
                 "",
             ]
     return "\n".join(lines)
+
+
+def own_options(match: re.Match[str]) -> str:
+    """The table of a strategy's options that not every strategy has."""
+    from clkit.registry import STRATEGIES
+
+    rows = [r for r in _rows(STRATEGIES.get(match[1]).config_class, "") if not r[0].startswith("replay.")]
+    if not rows:
+        return "No options of its own."
+    return "\n".join(["| option | default | |", "|---|---|---|", *(f"| `{n}` | {d} | {text} |" for n, d, text in rows)])
 
 
 def _table(cls: type, prefix: str) -> list[str]:

@@ -92,14 +92,19 @@ def _model_of(output: Path) -> str:
 
 
 def _report(editor: Any, records: Any) -> str:
-    """Scores of the requests on the final model, after every edit."""
+    """Scores of the requests on the final model, after every edit; they are kept beside the edits for the report."""
+    from clkit.editing.journal import FINAL
+    from clkit.files import write_json
     from clkit.metrics.editing import estimate
 
     names = {"prompt": "reliability", "rephrase": "generalisation", "locality": "locality answer"}
-    found = [editor.scores(record) for record in records]
+    rows = [
+        {"id": record.id, **dict(zip(("after", "routes"), editor.judge(record), strict=True))} for record in records
+    ]
+    write_json(editor.directory / FINAL, {"edits": len(editor.records), "rows": rows})
     lines = [f"{len(editor.records)} active edits in {len(editor.memories())} memories: {editor.directory}"]
     for key, name in names.items():
-        values = [scores[key] for scores in found if key in scores]
+        values = [row["after"][key] for row in rows if key in row["after"]]
         if values:
             e = estimate(values)
             interval = "" if e.low is None else f" [{e.low:.3f}, {e.high:.3f}]"
@@ -117,7 +122,10 @@ def _show(output: Path) -> None:
 
 
 def _rollback(arguments: Any) -> None:
+    from clkit.editing.journal import FINAL
+
     gone = _editor(arguments, "wise").rollback(arguments.rollback)
+    (arguments.output / FINAL).unlink(missing_ok=True)  # it was another model's
     print(f"removed: {', '.join(gone.removed)}")
     if gone.relearned:
         print(f"learned again without it, in the same memory: {', '.join(gone.relearned)}")

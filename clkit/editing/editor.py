@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -208,12 +209,14 @@ class Editor:
         seconds = round(time.perf_counter() - since, 3)
         self.records[record.id] = record
         self._settled = False
+        after, routes = self.judge(record)
         entry = {
             "kind": "edit",
             "id": record.id,
             "request": {k: getattr(record, k) for k in EditRecord.__slots__ if getattr(record, k) is not None},
             "before": before,
-            "after": self.scores(record),
+            "after": after,
+            **({"routes": routes} if routes else {}),
             "memory": outcome.memory,
             "steps": outcome.steps,
             "losses": dict(outcome.losses),
@@ -260,16 +263,29 @@ class Editor:
 
     def scores(self, record: EditRecord) -> dict[str, float]:
         """Teacher-forced token accuracy of prompt, rephrase and locality answer, as the model is now."""
+        return self.judge(record)[0]
+
+    def judge(self, record: EditRecord) -> tuple[dict[str, float], dict[str, dict[str, Any]]]:
+        """:meth:`scores`, and how each of these queries was routed.
+
+        Returns:
+            Token accuracies; and per query the memory that answered (None = the model itself) with score and threshold
+            of the memory that responds most. The second is empty where the method routes nothing.
+        """
         asked = {"prompt": (record.prompt, record.target_new)}
         if record.rephrase_prompt:
             asked["rephrase"] = (record.rephrase_prompt, record.target_new)
-        if record.locality_prompt and record.locality_answer:
-            asked["locality"] = (record.locality_prompt, record.locality_answer)
+        if record.locality_prompt:  # without an answer it is routed and not scored
+            asked["locality"] = (record.locality_prompt, record.locality_answer or "the")
         rows = [TextRecord(prompt, answer, name) for name, (prompt, answer) in asked.items()]
         encoded = EncodedText(rows, self.model.form, self.model.max_length)
         with evaluation_mode(self.model):
             found = forced_answers(self.model, encoded, range(len(rows)))
-        return {name: token_accuracy(f.predicted, f.wanted) for name, f in zip(asked, found, strict=True)}
+        routes = {name: _route(why) for name, why in zip(asked, self.strategy.decisions(), strict=False)}
+        scores = {name: token_accuracy(f.predicted, f.wanted) for name, f in zip(asked, found, strict=True)}
+        if not record.locality_answer:
+            scores.pop("locality", None)
+        return scores, routes
 
     # --- keeping ----------------------------------------------------------------------------------------------------
     def save(self, directory: str | Path) -> Path:
@@ -318,3 +334,14 @@ class Editor:
     def _state(self, entry: dict[str, Any] | None) -> dict[str, Any]:
         last = entry or (self.journal.entries[-1] if self.journal.entries else None)
         return state_of(self.strategy, self.records, last, settled=self._settled)
+
+
+def _route(why: Explanation) -> dict[str, Any]:
+    """The memory that answers, and how strongly the one responds that comes nearest to answering; plain JSON."""
+    nearest = max(why.scores, key=lambda name: (why.scores[name] - why.thresholds[name], why.scores[name]))
+    limit = why.thresholds[nearest]
+    return {
+        "memory": why.memory,
+        "score": why.scores[nearest],
+        "threshold": limit if math.isfinite(limit) else None,
+    }

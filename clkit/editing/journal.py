@@ -10,6 +10,8 @@ from typing import Any
 from clkit.errors import CheckpointError
 from clkit.files import disk_errors
 
+FINAL = "scores.json"  # beside the journal: the edits of the newest `clkit edit` on the model after all of them
+
 
 class Journal:
     """An append-only JSONL file; every line is on the disk before :meth:`append` returns.

@@ -129,9 +129,11 @@ class Reader:
         if self.positions and "position_ids" in self._takes:
             inputs["position_ids"] = position_ids(attention_mask)
         if head is not None:
-            cut = {name: inputs[name][:, head.length :] for name in ("input_ids", "position_ids") if name in inputs}
-            name = next(name for name in CACHES if name in self._takes)
-            inputs |= {**cut, name: head.copy(len(input_ids)), "use_cache": True}
+            for name in ("input_ids", "position_ids"):
+                if name in inputs:
+                    inputs[name] = inputs[name][:, head.length :]
+            cache = next(name for name in CACHES if name in self._takes)
+            inputs |= {cache: head.copy(len(input_ids)), "use_cache": True}
         return inputs
 
     @contextlib.contextmanager

@@ -98,6 +98,10 @@ class EditStrategy(Strategy):
     def explain(self, prompt: str) -> Explanation:
         """Which memory answers a prompt, and why."""
 
+    def decisions(self) -> list[Explanation]:
+        """How the newest forward pass was routed, one per sequence; empty where a method routes nothing."""
+        return []
+
     @abstractmethod
     def unedited(self) -> AbstractContextManager[None]:
         """Within, the model answers as if there were no edits."""

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from clkit.errors import CapabilityError
+from clkit.models.location import decoder_blocks
 
 Way = Literal["hooks", "ghost", "loop"]
 
@@ -46,6 +48,8 @@ class Clipper:
         self._left: Counter[int] = Counter()
         self._open: dict[int, list[Tensor | None]] = {}
         self._hooks = _attach(module, way)
+        self._entry = Entry(module, self._parameters) if way == "hooks" else None
+        self._moved: list[bool] = []  # which parameters get a gradient: known after the first batch
 
     def expect(self, units: Sequence[int]) -> None:
         """A new batch: the unit of each of its rows."""
@@ -85,14 +89,19 @@ class Clipper:
         if self._hooks is not None:
             self._hooks.cleanup()
             self._hooks = None
+        if self._entry is not None:
+            self._entry.close()
 
     # --- the ways ---------------------------------------------------------------------------------------------------
     def _kept_by_hooks(self, losses: Tensor) -> list[Any]:
-        torch.autograd.backward(losses.sum())
+        leaves = self._entry.take() if self._entry is not None else []
+        _backward(losses.sum(), inputs=leaves if self._moved and leaves else None)
+        if not self._moved:
+            self._moved = [p.grad is not None for p in self._parameters]
         found: list[Any] = []
-        for parameter in self._parameters:
+        for moved, parameter in zip(self._moved, self._parameters, strict=True):
             kept = getattr(parameter, "grad_sample", None)
-            if isinstance(kept, list) or (kept is None and parameter.grad is not None):
+            if isinstance(kept, list) or (kept is None and (moved if leaves else parameter.grad is not None)):
                 raise CapabilityError(_UNSEEN)
             found.append(kept)
             parameter.grad = None
@@ -100,7 +109,7 @@ class Clipper:
         return found
 
     def _add_ghost(self, losses: Tensor) -> None:
-        torch.autograd.backward(losses.sum(), retain_graph=True)
+        _backward(losses.sum(), retain_graph=True)
         norms = []
         for parameter in self._parameters:
             norm = parameter.__dict__.pop("_norm_sample", None)
@@ -110,7 +119,7 @@ class Clipper:
             parameter.grad = None
         factors = self._factors(torch.stack(norms).norm(dim=0))
         self._hooks.disable_hooks()
-        torch.autograd.backward((factors * losses).sum())
+        _backward((factors * losses).sum())
         self._hooks.enable_hooks()
         self._sum_up([p.grad for p in self._parameters])
         for parameter in self._parameters:
@@ -165,6 +174,54 @@ def _by_unit(units: list[int], gradients: list[Any]) -> tuple[list[int], list[An
         None if g is None else g.new_zeros(len(places), *g.shape[1:]).index_add_(0, rows.to(g.device), g)
         for g in gradients
     ]
+
+
+class Entry:
+    """What goes into the first block of a language model that is trained, as a leaf.
+
+    A backward pass to it runs the hooks of all blocks, and leaves out the parameters' own gradients: of an adapter they
+    cost as much as those of the single examples, and nobody reads them.
+
+    Args:
+        module: the network; a forward hook is put on it where it has such a block.
+        parameters: everything in it that is trained.
+    """
+
+    def __init__(self, module: nn.Module, parameters: Sequence[nn.Parameter]) -> None:
+        self._leaves: list[Tensor] = []
+        self._handle: Any = None
+        blocks = decoder_blocks(module)
+        mine = {id(p) for p in parameters}
+        inside = [mine & {id(p) for p in block.parameters()} for block in (blocks[2] if blocks else ())]
+        if blocks and mine and set().union(*inside) == mine:
+            first = next(i for i, own in enumerate(inside) if own)
+            self._handle = blocks[2][first].register_forward_pre_hook(self._keep, with_kwargs=True)
+
+    def _keep(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        states = args[0] if args else kwargs.get("hidden_states")
+        if not torch.is_grad_enabled() or not isinstance(states, Tensor) or states.requires_grad:
+            return None
+        leaf = states.detach().requires_grad_()
+        self._leaves.append(leaf)
+        return ((leaf, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": leaf})
+
+    def take(self) -> list[Tensor]:
+        """What went in since the last call."""
+        found, self._leaves = self._leaves, []
+        return found
+
+    def close(self) -> None:
+        """Take the hook off."""
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
+
+
+def _backward(loss: Tensor, retain_graph: bool = False, inputs: list[Tensor] | None = None) -> None:
+    with warnings.catch_warnings():
+        # The first trained layer's input needs no gradient, so torch can't give Opacus' hook one. It uses the output's.
+        warnings.filterwarnings("ignore", "Full backward hook is firing", UserWarning)
+        torch.autograd.backward(loss, retain_graph=retain_graph, inputs=inputs)
 
 
 def _attach(module: nn.Module, way: Way) -> Any:

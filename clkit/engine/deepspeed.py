@@ -138,24 +138,33 @@ class DeepSpeedEngine(LocalEngine):
     def _open(self, optimizer: torch.optim.Optimizer | None = None) -> None:
         import deepspeed
 
-        if self._model is None:
-            raise RuntimeError("DeepSpeedEngine.prepare comes first")
-        for tensor in (*self._model.module.parameters(), *self._model.module.buffers()):
+        whole = self._all()
+        for tensor in (*whole.parameters(), *whole.buffers()):
             if not self._partitioned and not tensor.is_contiguous():
                 tensor.data = tensor.data.contiguous()  # DeepSpeed sends them as bytes; channels-last ones it can't
         trained = {} if optimizer is None else {"optimizer": optimizer, "model_parameters": self._parameters}
         with routed():
             self._deepspeed, zero, *_ = deepspeed.initialize(
-                model=self._model.module, config=self._settings(), dist_init_required=False, **trained
+                model=whole, config=self._settings(), dist_init_required=False, **trained
             )
         if optimizer is not None:
             kinds: list[type[Pieces]] = [Replicas, Slices, Slices, Partitions]
             self._pieces = kinds[self.config.zero_stage](zero, optimizer)
 
+    def _all(self) -> nn.Module:
+        """The module and what a strategy trains beside it, whose gradients would stay on their process otherwise."""
+        if self._model is None:
+            raise RuntimeError("DeepSpeedEngine.prepare comes first")
+        module = self._model.module
+        inside = {id(p) for p in module.parameters()}
+        beside = [p for p in self._parameters if id(p) not in inside]
+        return nn.ModuleList([module, nn.ParameterList(beside)]) if beside else module
+
     def _close(self) -> None:
         if self._deepspeed is not None:
             with routed():
                 self._deepspeed.destroy()
+            self._separate()
         self._deepspeed = self._pieces = None
 
     def start(
@@ -188,6 +197,16 @@ class DeepSpeedEngine(LocalEngine):
         if self._pieces is not None:
             for parameter, values in moments.items():
                 self._pieces.load(parameter, values)
+
+    def finish(self) -> None:
+        """No more training; see the contract."""
+        self._separate()
+
+    def _separate(self) -> None:
+        """Give each weight memory of its own again: parts of one long tensor can't be written to a file."""
+        if self.config.zero_stage in (1, 2):
+            for parameter in self._parameters:
+                parameter.data = parameter.data.clone()
 
     # --- one step ---------------------------------------------------------------------------------------------------
     def backward(self, loss: Tensor, last: bool = True) -> None:

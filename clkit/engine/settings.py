@@ -22,7 +22,8 @@ _OURS = {
     "activation_checkpointing": "model.gradient_checkpointing",
 }
 
-_BUCKET = 500_000_000  # DeepSpeed's default
+# DeepSpeed's defaults, in numbers: what is sent at once, and under ZeRO-3 what is fetched at once and stays whole.
+BUCKET, PREFETCH, LIVE = 500_000_000, 50_000_000, 1_000_000_000
 
 
 @dataclass
@@ -130,7 +131,7 @@ def settings(config: DeepSpeedConfig, given: Mapping[str, Any], trained: int = 0
     zero = {k: v for k, v in dict(given.get("zero_optimization") or {}).items() if v != "auto"}
     zero["stage"] = config.zero_stage
     if trained:  # DeepSpeed sets a bucket of its full size aside: 2 GB for a few megabytes of adapters
-        zero.setdefault("reduce_bucket_size", min(_BUCKET, trained))
+        zero.setdefault("reduce_bucket_size", min(BUCKET, trained))
     for key, device in (("offload_optimizer", config.offload_optimizer), ("offload_param", config.offload_parameters)):
         if device != "none":
             section = zero.get(key)

@@ -168,6 +168,28 @@ def true_positive_rate(members: Array, others: Array, fpr: float) -> float:
     return float((members < threshold).mean())
 
 
+def roc(members: ArrayLike, others: ArrayLike, most: int = 64) -> tuple[Array, Array]:
+    """The curve of "a score below the threshold = member": false- and true-positive rates from (0, 0) to (1, 1).
+
+    Args:
+        members: (N,) scores.
+        others: (M,) scores.
+        most: at most so many points are kept, at even steps along the curve.
+
+    Returns:
+        Two arrays (P,) in rising order. The area below the whole curve is :func:`membership_auc`.
+
+    >>> roc([1.0, 2.0], [2.0, 3.0])
+    (array([0. , 0. , 0.5, 1. ]), array([0. , 0.5, 1. , 1. ]))
+    """
+    a, b = np.sort(np.asarray(members, dtype=np.float64)), np.sort(np.asarray(others, dtype=np.float64))
+    thresholds = np.unique(np.concatenate([a, b]))
+    fpr = np.concatenate([[0.0], np.searchsorted(b, thresholds, side="right") / len(b)])
+    tpr = np.concatenate([[0.0], np.searchsorted(a, thresholds, side="right") / len(a)])
+    kept = np.unique(np.linspace(0, len(fpr) - 1, min(most, len(fpr))).round().astype(int))
+    return fpr[kept], tpr[kept]
+
+
 def extraction_strength(predicted: Sequence[ArrayLike], tokens: Sequence[ArrayLike]) -> Array:
     """Extraction strength (Carlini et al. 2021): ``1 - k/T``, k the shortest prefix that gives the rest away.
 

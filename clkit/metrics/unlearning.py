@@ -188,6 +188,35 @@ def privacy_leakage(auc_unlearned: float, auc_retrained: float = 0.5) -> float |
     return None if auc_retrained == 1 else 100 * (auc_retrained - auc_unlearned) / (1 - auc_retrained)
 
 
+def relearning_robustness(retrained: tuple[float, float], unlearned: tuple[float, float]) -> float:
+    """How much of what brief training on forgotten records brings is new: 1 = no more than a retrained model gains.
+
+    After the meta-evaluation of OpenUnlearning: the retrained model's gain over the unlearned one's, at most 1; 0 where
+    the retrained one gains nothing and the unlearned one does.
+
+    Args:
+        retrained: what a model retrained without the records knows of them (such as :func:`probability`) before and
+            after the attack.
+        unlearned: the same of the model that is judged, under the same attack.
+
+    >>> relearning_robustness((0.1, 0.2), (0.1, 0.5)), relearning_robustness((0.1, 0.2), (0.1, 0.1))
+    (0.25, 1.0)
+    """
+    gain = unlearned[1] - unlearned[0]
+    return 1.0 if gain <= 0 else min(1.0, max(0.0, (retrained[1] - retrained[0]) / gain))
+
+
+def quantisation_robustness(before: float, after: float) -> float:
+    """What a model knows of forgotten records over what it knows once its weights are rounded, at most 1.
+
+    1 = rounding brings nothing back.
+
+    >>> quantisation_robustness(0.1, 0.4), quantisation_robustness(0.2, 0.1)
+    (0.25, 1.0)
+    """
+    return 1.0 if after <= before else before / after
+
+
 def _rouge_f1(predictions: Sequence[str], references: Sequence[str]) -> float | None:
     return _mean(np.array([rouge_l(p, r).f1 for p, r in zip(predictions, references, strict=True)]))
 

@@ -79,7 +79,7 @@ class CausalLM(Model):
     def logits(self, batch: Batch) -> Tensor:
         """(B, P, vocabulary), at the P positions where at least one row predicts a target."""
         positions = _positions(batch)
-        if _takes_positions(base_model(self.module)):
+        if takes_positions(base_model(self.module)):
             scores: Tensor = self.module(**batch.inputs, use_cache=False, logits_to_keep=positions).logits
         else:
             scores = self.module(**batch.inputs, use_cache=False).logits[:, positions]
@@ -183,7 +183,7 @@ def _positions(batch: Batch) -> Tensor:
     return (batch.labels[:, 1:] != -100).any(dim=0).nonzero().squeeze(1)
 
 
-def _takes_positions(module: nn.Module) -> bool:
+def takes_positions(module: nn.Module) -> bool:
     """Whether the architecture can leave out the output layer at the other positions."""
     kind: Any = type(module)
     if kind not in _SPARSE_HEADS:

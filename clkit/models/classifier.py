@@ -24,7 +24,7 @@ from clkit.models.frozen import feature_recipe, frozen_features
 from clkit.models.noise import routed
 from clkit.models.precision import DTYPES, at_least_float32
 from clkit.models.seeding import seeded
-from clkit.models.vision_encoder import VisionEncoder, read_preprocessor
+from clkit.models.vision_encoder import VisionEncoder, read_preprocessor, save_preprocessor
 from clkit.registry import STRATEGIES
 from clkit.tasks.base import Examples, Kind, LabelledExamples
 from clkit.tasks.batch import Batch, Encoded
@@ -207,8 +207,8 @@ class Classifier(Model):
                 encoder.save_pretrained(directory / "encoder")
                 if self.tokenizer is not None:
                     self.tokenizer.save_pretrained(directory / "encoder")
-        if isinstance(backbone, VisionEncoder):
-            backbone.save_preprocessor(directory / "encoder")
+            if self.tokenizer is None:
+                save_preprocessor(directory / "encoder", backbone.normalise)
         content = {
             "format": FORMAT,
             "version": 1,

@@ -45,7 +45,7 @@ class Expandable(Backbone):
         if not parts:
             raise ModelError(
                 f"{kind} can't be cut into a shared part and blocks: it names no parts (Backbone.parts). Take a "
-                "cifar-resnet, resnet-18, efficientnet-lite0, mlp, or an encoder built like BERT."
+                "cifar-resnet, resnet-18, efficientnet-lite0, mlp, or an encoder built like BERT or ViT."
             )
         names = [name for name, part in parts.items() if any(True for _ in part.parameters())]
         if cut not in names:

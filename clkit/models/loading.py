@@ -186,7 +186,7 @@ def prepare(
 ) -> nn.Module:
     """Set a loaded transformers model up for training: checkpointing, adapter, training mode."""
     if config.gradient_checkpointing:
-        _recompute_activations(module)
+        recompute_activations(module)
     if config.lora.r:
         adapted = attach_lora(module, config.lora, generator, task_type)
         for adapter in adapted.peft_config.values():
@@ -195,7 +195,12 @@ def prepare(
     return module.train()
 
 
-def _recompute_activations(module: Any) -> None:
+def recompute_activations(module: Any) -> None:
+    """Let a transformers model keep the inputs of its layers only, and compute the rest again backwards.
+
+    Raises:
+        ModelError: this architecture can't.
+    """
     # Newer transformers warn about the old name. The reentrant kind needs inputs with gradients; a frozen base has
     # none.
     enable = getattr(module, "activation_checkpointing_enable", None) or module.gradient_checkpointing_enable

@@ -59,15 +59,14 @@ def locate(module: nn.Module, where: str, depth: float) -> Location:
         ConfigError: there is no such block or module.
     """
     lm: Any = base_model(module)
-    decoder = lm.get_decoder() if callable(getattr(lm, "get_decoder", None)) else None
-    count: int = getattr(getattr(decoder, "config", None), "num_hidden_layers", 0)
-    lists = [(n, m) for n, m in (decoder.named_modules() if decoder is not None else ()) if _is_blocks(m, count)]
-    if decoder is None or not lists:
+    found_blocks = decoder_blocks(module)
+    if found_blocks is None:
         raise CapabilityError(
             f"{type(lm).__name__} has no list of decoder blocks, so no layer to edit; "
             "take a decoder-only language model"
         )
-    prefix, blocks = lists[0]
+    decoder, prefix, blocks = found_blocks
+    count = len(blocks)
     names = {n: m for n, m in decoder.named_modules() if n.startswith(f"{prefix}.")}
     if where == "auto" or where.lstrip("-").isdecimal():
         index = int(depth * count) if where == "auto" else int(where)
@@ -89,15 +88,22 @@ def locate(module: nn.Module, where: str, depth: float) -> Location:
     return Location(lm, decoder, blocks, index, name, names[name], matrix_shape(names[name]))
 
 
+def decoder_blocks(module: nn.Module) -> tuple[nn.Module, str, nn.ModuleList] | None:
+    """The decoder of a causal language model, and the name below it and the list of its blocks; None without one."""
+    lm: Any = base_model(module)
+    decoder: Any = lm.get_decoder() if callable(getattr(lm, "get_decoder", None)) else None
+    count: int = getattr(getattr(decoder, "config", None), "num_hidden_layers", 0)
+    for name, part in decoder.named_modules() if decoder is not None else ():
+        if isinstance(part, nn.ModuleList) and len(part) == count > 0:
+            return decoder, name, part
+    return None
+
+
 def block_layers(location: Location) -> dict[str, nn.Module]:
     """Every layer with one matrix in the model's blocks, by its name below the decoder."""
     names = dict(location.decoder.named_modules())
     prefix = next(n for n, m in names.items() if m is location.blocks)
     return {name: names[name] for name in _matrices(names, f"{prefix}.")}
-
-
-def _is_blocks(module: nn.Module, count: int) -> bool:
-    return isinstance(module, nn.ModuleList) and len(module) == count > 0
 
 
 def _by_name(where: str, known: list[str]) -> str:

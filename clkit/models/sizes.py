@@ -59,10 +59,10 @@ def estimate(
         module: nn.Module = backbone
         out, kept = int(backbone.out_features), torch.float32
     else:
-        architecture = _configuration(found)
+        architecture = configuration(found)
         if architecture is None:
             return None
-        module = _empty(architecture, num_classes is None, found.name)
+        module = empty(architecture, num_classes is None, found.name)
         out = int(getattr(architecture, "hidden_size", 0))
         if config.lora.r:
             module = attach_lora(module, config.lora, generator, "CAUSAL_LM" if num_classes is None else None)
@@ -78,7 +78,7 @@ def estimate(
     return {"parameters": total + head, "trainable": trainable + head, "weight_bytes": size}
 
 
-def _configuration(found: Resolved) -> Any:
+def configuration(found: Resolved) -> Any:
     """The transformers configuration of a model, from what is on this machine; None when there is none."""
     from transformers import AutoConfig
 
@@ -103,7 +103,8 @@ def _configuration(found: Resolved) -> Any:
         raise ModelError(f"The configuration in {directory} can't be read: {error}") from error
 
 
-def _empty(architecture: Any, language_model: bool, name: str) -> nn.Module:
+def empty(architecture: Any, language_model: bool, name: str) -> nn.Module:
+    """A transformers model without content; ``architecture`` is its configuration."""
     from transformers import AutoModel, AutoModelForCausalLM
 
     auto: Any = AutoModelForCausalLM if language_model else AutoModel

@@ -15,6 +15,8 @@ from clkit.models.lora import base_model
 
 _FILE = "preprocessor_config.json"
 _HALF = Normalise((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+# Embeddings, layers that take nothing but what the one before gave, a last norm: what ``parts`` cuts such a model into.
+_PLAIN = frozenset({"vit", "deit", "vit_msn", "ijepa", "dinov2", "dinov2_with_registers"})
 
 
 class VisionEncoder(Backbone):
@@ -38,6 +40,7 @@ class VisionEncoder(Backbone):
             raise ModelError(f"{name} is no image encoder, and these tasks have images.")
         self.out_features = width
         self.size: int | None = getattr(own, "image_size", None)
+        self.default_cut = next(reversed(list(self.parts())[:-1]), "")
 
     @property
     def config(self) -> Any:
@@ -46,24 +49,81 @@ class VisionEncoder(Backbone):
 
     def tokens(self, x: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         """Images (B, 1 or 3, H, W) to last hidden states (B, T, D)."""
-        if x.shape[1] == 1:
-            x = x.expand(-1, 3, -1, -1)
-        if self.size is not None and x.shape[-2:] != (self.size, self.size):
-            x = F.interpolate(x, size=(self.size, self.size), mode="bilinear", align_corners=False, antialias=True)
         inner: Any = base_model(self.encoder)
         part = inner.vision_model if hasattr(inner, "vision_model") else self.encoder
-        states: Tensor = part(pixel_values=x).last_hidden_state
+        states: Tensor = part(pixel_values=_fitted(x, self.size)).last_hidden_state
         return (states.flatten(2).transpose(1, 2) if states.dim() == 4 else states), None
 
     def forward(self, x: Tensor) -> Tensor:
         """Images to features (B, D)."""
         states, _ = self.tokens(x)
-        return states[:, 0] if self.pooling == "cls" else states.mean(dim=1)
+        return _pooled(states, self.pooling)
 
-    def save_preprocessor(self, directory: Path) -> None:
-        """Write how images are normalised, where :func:`read_preprocessor` finds it."""
-        content = {"image_mean": list(self.normalise.mean), "image_std": list(self.normalise.std)}
-        (directory / _FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    def parts(self) -> dict[str, nn.Module]:
+        """``embeddings``, ``layer1`` to ``layerN``, and ``pool`` with the last norm, for ViTs; empty for others."""
+        base: Any = base_model(self.encoder)
+        if self.config.model_type not in _PLAIN:
+            return {}
+        layers = base.layers if hasattr(base, "layers") else base.encoder.layer
+        chain = {f"layer{i}": _Layer(layer) for i, layer in enumerate(layers, start=1)}
+        return {
+            "embeddings": _Embeddings(base.embeddings, self.size),
+            **chain,
+            "pool": _Pool(base.layernorm, self.pooling),
+        }
+
+
+class _Embeddings(nn.Module):
+    """Images to what the layers pass on."""
+
+    def __init__(self, embeddings: nn.Module, size: int | None) -> None:
+        super().__init__()
+        self.embeddings = embeddings
+        self._size = size
+
+    def forward(self, x: Tensor) -> Tensor:
+        states: Tensor = self.embeddings(_fitted(x, self._size))
+        return states
+
+
+class _Layer(nn.Module):
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, states: Tensor) -> Tensor:
+        out: Any = self.layer(states)
+        return out if isinstance(out, Tensor) else out[0]
+
+
+class _Pool(nn.Module):
+    def __init__(self, norm: nn.Module, pooling: str) -> None:
+        super().__init__()
+        self.norm = norm
+        self._pooling = pooling
+
+    def forward(self, states: Tensor) -> Tensor:
+        return _pooled(self.norm(states), self._pooling)
+
+
+def _fitted(x: Tensor, size: int | None) -> Tensor:
+    """Images (B, 1 or 3, H, W) as the model takes them: of three channels and its own size."""
+    if x.shape[1] == 1:
+        x = x.expand(-1, 3, -1, -1)
+    if size is not None and x.shape[-2:] != (size, size):
+        x = F.interpolate(x, size=(size, size), mode="bilinear", align_corners=False, antialias=True)
+    return x
+
+
+def _pooled(states: Tensor, pooling: str) -> Tensor:
+    """Hidden states (B, T, D) to (B, D)."""
+    return states[:, 0] if pooling == "cls" else states.mean(dim=1)
+
+
+def save_preprocessor(directory: Path, normalise: Normalise) -> None:
+    """Write how images are normalised, where :func:`read_preprocessor` finds it."""
+    content = {"image_mean": list(normalise.mean), "image_std": list(normalise.std)}
+    (directory / _FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def read_preprocessor(directory: Path) -> Normalise:

@@ -147,6 +147,12 @@ def front(points: Sequence[tuple[float, float]], lower_y: bool = True, higher_x:
     return sorted((i for i, good in enumerate(kept) if good), key=lambda i: points[i])
 
 
+def direction(groups: Sequence[Group], key: str) -> str:
+    """Which direction of a metric is better in these runs; as defined where they differ."""
+    found = {e.result.scores.direction(key) for g in groups for e in g.entries}
+    return found.pop() if len(found) == 1 else str(DEFINITIONS[key].direction)
+
+
 # --- figures ---------------------------------------------------------------------------------------------------------
 def drawings(groups: Sequence[Group]) -> list[Drawing]:
     """Figures about all groups together."""
@@ -161,7 +167,8 @@ def drawings(groups: Sequence[Group]) -> list[Drawing]:
         for key in PAIRED
         if any(g.values(key) for g in groups)
     ]
-    if sum(bool(g.values("forgetting")) for g in groups) > 1:
+    fronts = direction(groups, "average_accuracy") == "higher"  # up is better
+    if fronts and sum(bool(g.values("forgetting")) for g in groups) > 1:
         found.append(
             Drawing(
                 "compare-pareto-forgetting",
@@ -175,7 +182,7 @@ def drawings(groups: Sequence[Group]) -> list[Drawing]:
             )
         )
     spent = [(g.label, [e.memory for e in g.entries if e.memory is not None]) for g in groups]
-    if sum(bool(memory) for _, memory in spent) > 1:
+    if fronts and sum(bool(memory) for _, memory in spent) > 1:
         found.append(
             Drawing(
                 "compare-pareto-memory",
@@ -198,7 +205,7 @@ def drawings(groups: Sequence[Group]) -> list[Drawing]:
                     f"compare-paired-{key}",
                     f"{key.replace('_', ' ').capitalize()}: difference to {shortened([groups[0].label], 20)[0]}",
                     f"Mean over pairs of runs with the same seed and tasks, 95 % interval; "
-                    f"{DEFINITIONS[key].direction} is better.",
+                    f"{direction(groups, key)} is better.",
                     partial(_paired, rows=rows, key=key),
                     (340, 80 + 22 * len(rows)),
                 )
@@ -265,7 +272,7 @@ def _means(axes: Any, groups: Sequence[Group], key: str) -> None:
         axes.errorbar(found.mean, i, xerr=found.half, fmt="D", color=SERIES[0], markersize=5, capsize=3, zorder=3)
     axes.set_yticks(range(len(labels)), labels)
     axes.set_ylim(len(labels) - 0.5, -0.5)
-    axis(axes, f"{key.replace('_', ' ')} ({DEFINITIONS[key].direction} is better)", "setting")
+    axis(axes, f"{key.replace('_', ' ')} ({direction(groups, key)} is better)", "setting")
 
 
 def _paired(axes: Any, rows: Sequence[tuple[str, Interval]], key: str) -> None:

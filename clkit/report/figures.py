@@ -109,7 +109,8 @@ def inline(figure: Any, label: str, prefix: str) -> str:
     text = re.sub(r"\bfont: (?:(bold|\d+) )?([\d.]+)px [^;\"]+", _font, text)
     text = text.replace("xlink:href=", "href=")
     text = re.sub(r"\s+", " ", text).replace("> <", "><")
-    text = re.sub(r"(\d\.\d\d)\d+", r"\1", text)
+    # Coordinates need no more digits; what is written in the figure keeps its own.
+    text = re.sub(r"<[^>]+>", lambda tag: re.sub(r"(\d\.\d\d)\d+", r"\1", tag[0]), text)
     used = set(re.findall(r"#([\w-]+)[\")]", text))
     text = re.sub(r' id="([\w.-]+)"', lambda m: f' id="{prefix}-{m[1]}"' if m[1] in used else "", text)
     text = re.sub(r"(href=\"|url\()#([\w-]+)", rf"\1#{prefix}-\2", text)

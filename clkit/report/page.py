@@ -15,9 +15,10 @@ from clkit.files import disk_errors, write_text
 from clkit.metrics.continual import DEFINITIONS, label
 from clkit.metrics.format import FORMAT_DEFINITIONS
 from clkit.report import comparison, plots
+from clkit.report.deletions import deletions
 from clkit.report.figures import Drawing
 from clkit.report.history import History, result_so_far
-from clkit.report.sections import Edits, deletions
+from clkit.report.sections import Edits
 from clkit.resolve import read_file
 from clkit.result import SHOWN, RunResult, compared
 from clkit.rundir import RunDirectory
@@ -89,7 +90,9 @@ def notebook(result: RunResult) -> str:
     """Heat map and metrics of a run as an HTML fragment, with its own style, for a notebook's cell."""
     rows = _table(result, result.scores)
     template = _environment().get_template("notebook.html.j2")
-    return template.render(name=result.name, table=rows, metrics=result.metrics, definitions=DEFINITIONS)
+    return template.render(
+        name=result.name, table=rows, metrics=result.metrics, definitions=DEFINITIONS, scores=result.scores
+    )
 
 
 def _environment() -> Environment:
@@ -165,7 +168,7 @@ def _comparison(entries: Sequence[comparison.Entry], names: Sequence[str], told:
         "rows": rows,
         "groups": groups,
         "summary": summary,
-        "summary_keys": [k for k in _CARDS if _any(entries, k)],
+        "summary_keys": [(k, comparison.direction(groups, k)) for k in _CARDS if _any(entries, k)],
         "paired": {k: comparison.differences(groups, k) for k in comparison.PAIRED},
         "drawings": comparison.drawings(groups),
         "multiples": comparison.multiples(groups),
@@ -199,6 +202,7 @@ def _run(entry: comparison.Entry, name: str, told: str, alone: bool) -> dict[str
         # The heat map stands in the page as a table; as a figure it is drawn for the files.
         "drawings": [d for d in drawings if not d.name.endswith("-matrix")],
         "history": history,
+        "final_model": _final_model(result, history),
         "strategy": entry.config.get("strategy", {}).get("name", ""),
         "model": entry.config.get("model", {}).get("name", ""),
         "seed": entry.config.get("seed", ""),
@@ -212,6 +216,12 @@ def _run(entry: comparison.Entry, name: str, told: str, alone: bool) -> dict[str
         "deletions": deletions(directory.path) if directory is not None else [],
         "alone": alone,
     }
+
+
+def _final_model(result: RunResult, history: History) -> int | None:
+    """Bytes of the model as it is after the last task; None before that."""
+    last = history.last_cost
+    return last["model_bytes"] if last and last["stage"] == len(result.tasks) - 1 else None
 
 
 def _table(result: RunResult, scores: Scores) -> dict[str, Any]:

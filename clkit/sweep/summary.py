@@ -11,7 +11,6 @@ from typing import Any
 
 from clkit.errors import CheckpointError
 from clkit.metrics.comparison import Estimate, Paired, estimate, front, paired
-from clkit.metrics.continual import LEVELS
 from clkit.result import RunResult, compared
 from clkit.rundir import RunDirectory
 
@@ -137,8 +136,6 @@ def measured(directory: RunDirectory) -> tuple[dict[str, float | None], set[str]
     rows = compared([result])
     values: dict[str, float | None] = {name: found[0] for name, found, _ in rows}
     lower = {name for name, _, direction in rows if direction == "lower"}
-    if result.higher_is_better and not any(result.higher_is_better[: len(result.tasks)]):  # perplexity
-        lower |= {name for name in values if name in LEVELS}
     state = directory.state
     cost, holds = state.get("cost") or {}, state.get("holds") or {}
     costs = {name: read(cost, holds) for name, read in COSTS.items()}

@@ -6,8 +6,8 @@ like training data than those can't be told from what was never there.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,10 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from clkit import api, build
-from clkit.errors import VerificationError
+from clkit.errors import ClkitError, VerificationError
 from clkit.loader import Encodings
 from clkit.metrics import privacy
+from clkit.metrics.unlearning import probability
 from clkit.models.base import Model
 from clkit.models.causal_lm import CausalLM
 from clkit.models.encoded_text import EncodedText
@@ -27,6 +28,7 @@ from clkit.modes import evaluating
 from clkit.rng import fresh_generator
 from clkit.tasks.base import Task
 from clkit.tasks.batch import Encoded
+from clkit.trainer import SequentialTrainer
 
 Array = NDArray[np.float64]
 _MOST = 512  # records of either side; more make the intervals narrower and the gates slower
@@ -76,21 +78,27 @@ def answers(model: Model, parts: Sequence[Encoded], batch_size: int) -> Answers:
 
 @dataclass(frozen=True)
 class Measured:
-    """Both sides under the model, and under the base model that never learned any of them."""
+    """Both sides under the model, and under the base model that never learned any of them.
+
+    ``probability``: mean probability of a token of the true answer (geometric within a record) under the superseded
+    run and the new one, of forgotten, never-seen and retained records; empty where the former can't be opened.
+    """
 
     forgotten: Answers
     unseen: Answers
     forgotten_base: Answers
     unseen_base: Answers
     text: bool
+    probability: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
 
-def measure(run_dir: Path, forgotten: Sequence[Task]) -> Measured:
+def measure(run_dir: Path, forgotten: Sequence[Task], before: Path | None = None) -> Measured:
     """Score forgotten training records and scored-only records of a run.
 
     Args:
         run_dir: the run without the records.
         forgotten: tasks whose ``train`` are the forgotten records that were trained on.
+        before: the run that had learned them, to compare with.
 
     Raises:
         VerificationError: there is nothing to compare with.
@@ -102,15 +110,42 @@ def measure(run_dir: Path, forgotten: Sequence[Task]) -> Measured:
         new = _sample([(task, i) for task in tasks for i, id in enumerate(task.eval.ids) if id not in seen])
         if not gone or not new:
             raise VerificationError("there are no forgotten training records, or no records that were only scored")
-        sides = [_encoded(trainer.run.encodings, part, rows) for part, rows in (("train", gone), ("eval", new))]
-        size = config.eval.batch_size
-        with trainer.serving():
-            ours = [answers(model, side, size) for side in sides]
+        rows: _Rows = {"forgotten": ("train", gone), "never_seen": ("eval", new)}
+        if before is not None:
+            rows["retained"] = "train", _sample([(task, i) for task in tasks for i in range(len(task.train))])
+        ours = _served_answers(trainer, rows)
         text = isinstance(model, CausalLM)
         base = build.make_model(config.model, tasks, config.seed, lambda text: None, trainer.engine.device)
         base.module.to(trainer.engine.device)
-        theirs = [answers(base, side, size) for side in sides]
-    return Measured(ours[0], ours[1], theirs[0], theirs[1], text)
+        sides = [_encoded(trainer.run.encodings, *rows[name]) for name in ("forgotten", "never_seen")]
+        theirs = [answers(base, side, config.eval.batch_size) for side in sides]
+    earlier = _before(before, rows) if before is not None else {}
+    known = {name: (mean_probability(found), mean_probability(ours[name])) for name, found in earlier.items()}
+    return Measured(ours["forgotten"], ours["never_seen"], theirs[0], theirs[1], text, known)
+
+
+# Name of a side -> which part of its tasks, and task and row of each record.
+_Rows = dict[str, tuple[str, list[tuple[Task, int]]]]
+
+
+def _served_answers(trainer: SequentialTrainer, rows: _Rows) -> dict[str, Answers]:
+    sides = {name: _encoded(trainer.run.encodings, part, chosen) for name, (part, chosen) in rows.items()}
+    with trainer.serving():
+        return {name: answers(trainer.model, side, trainer.config.eval.batch_size) for name, side in sides.items()}
+
+
+def _before(run_dir: Path, rows: _Rows) -> dict[str, Answers]:
+    """The same records under the superseded run; nothing where it can't be opened any more."""
+    try:
+        with api.open_run(run_dir) as trainer:
+            return _served_answers(trainer, rows)
+    except (ClkitError, OSError):
+        return {}
+
+
+def mean_probability(found: Answers) -> float:
+    """See :func:`clkit.metrics.unlearning.probability`; 0 where no answer has a token."""
+    return probability([-row.mean() for row in found.log_probs if len(row)]) or 0.0
 
 
 def _sample(rows: list[tuple[Task, int]]) -> list[tuple[Task, int]]:
@@ -125,7 +160,7 @@ def _encoded(encodings: Encodings, part: str, rows: Sequence[tuple[Task, int]]) 
 
 
 def membership(measured: Measured) -> dict[str, Any]:
-    """Each attack's AUC with its interval, and the chance of such an AUC if nothing were left.
+    """Each attack's AUC with its interval and curve (FPR, TPR), and the chance of such an AUC if nothing were left.
 
     AUC 0.5 = forgotten records look like never-seen ones, 1 = all of them look like training data.
     """
@@ -146,9 +181,12 @@ def membership(measured: Measured) -> dict[str, Any]:
         if found is None:
             raise VerificationError(f"the {name} attack has no score for some record")
         p = float(stats.mannwhitneyu(members, others, alternative="less").pvalue)
-        figures[name] = {"auc": _rounded(found.auc), "p": round(p, 6)}
+        curve = [[round(float(v), 4) for v in rates] for rates in privacy.roc(members, others)]
+        figures[name] = {"auc": _rounded(found.auc), "p": round(p, 6), "roc": curve}
         if found.tpr_at_fpr is not None:
             figures[name]["tpr_at_1_percent_fpr"] = _rounded(found.tpr_at_fpr)
+    if measured.probability:
+        figures["probability"] = {k: [round(v, 6) for v in pair] for k, pair in measured.probability.items()}
     return figures
 
 
@@ -158,7 +196,7 @@ def leaks(figures: dict[str, Any], limit: float) -> bool:
     The rank test is for small requests, where an interval by resampling is too narrow; its level is shared among the
     attacks.
     """
-    attacks = [found for found in figures.values() if isinstance(found, dict)]
+    attacks = [found for found in figures.values() if isinstance(found, dict) and "auc" in found]
     return any(found["auc"][1] > limit and found["p"] < ALPHA / len(attacks) for found in attacks)
 
 

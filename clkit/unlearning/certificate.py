@@ -15,12 +15,11 @@ from typing import Any
 from clkit.errors import RequestError
 from clkit.files import file_sha256, write_json, write_text
 from clkit.unlearning import signing
-from clkit.unlearning.gates import Finding
-from clkit.unlearning.ledger import FILE, Ledger
+from clkit.unlearning.gates import Finding, brief
+from clkit.unlearning.ledger import CERTIFICATE, FILE, Ledger
 from clkit.unlearning.manifest import Manifest
 
 SCHEMA = 1
-NAME = "certificate.json"
 NOT_CLAIMED = (
     "that the base model knew nothing of the forgotten records from its own pre-training",
     "anything about copies of the superseded model, its checkpoints, exports, logs or answers that left this run",
@@ -94,8 +93,8 @@ def write(
     }
     content["digest"] = digest(content)
     write_text(folder / "certificate.md", markdown(content))
-    write_json(folder / NAME, content)
-    return folder / NAME
+    write_json(folder / CERTIFICATE, content)
+    return folder / CERTIFICATE
 
 
 def sign(path: Path, key: Any) -> None:
@@ -138,7 +137,7 @@ def markdown(content: dict[str, Any]) -> str:
         "| check | passed | figures |",
         "|---|---|---|",
         *(
-            f"| {f['name']} | {'yes' if f['passed'] else 'NO'} | {json.dumps(f['figures'])} |"
+            f"| {f['name']} | {'yes' if f['passed'] else 'NO'} | {brief(f['figures'])} |"
             for f in content["verification"]
         ),
         "",

@@ -61,7 +61,7 @@ class Evidence:
         for place in self.case.training_places():
             rows.setdefault(place.task, []).append(place.position)
         tasks = [task for task in self.case.source.tasks if task.name in rows]
-        return measure(self.new_run, [replace(t, train=t.train.subset(rows[t.name])) for t in tasks])
+        return measure(self.new_run, [replace(t, train=t.train.subset(rows[t.name])) for t in tasks], self.old_run)
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,13 @@ class Finding:
 
 
 Gate = Callable[[Evidence], Finding]
+
+
+def brief(figures: dict[str, Any]) -> str:
+    """Figures to read: without the points of curves and the scores of each task, which stand in the certificate."""
+    rest = {k: v for k, v in figures.items() if k != "scores"}
+    parts = {k: {n: x for n, x in v.items() if n != "roc"} if isinstance(v, dict) else v for k, v in rest.items()}
+    return json.dumps(parts)
 
 
 def partition(evidence: Evidence) -> Finding:
@@ -107,7 +114,9 @@ def utility(max_loss: float) -> Gate:
         shared = [name for name in old if name in new]
         losses = [(old[name][0] - new[name][0]) * (1 if old[name][1] else -1) for name in shared]
         loss = sum(losses) / len(losses) if losses else math.nan
-        figures = {"loss": loss if math.isfinite(loss) else None, "limit": max_loss, "tasks": len(shared)}
+        figures: dict[str, Any] = {"loss": loss if math.isfinite(loss) else None, "limit": max_loss}
+        pairs = {name: [old[name][0], new[name][0]] for name in shared}
+        figures |= {"tasks": len(shared), "scores": {k: p for k, p in pairs.items() if all(map(math.isfinite, p))}}
         return Finding("utility", loss <= max_loss, figures)
 
     return _named("utility", gate)

@@ -24,6 +24,7 @@ from clkit.files import disk_errors
 STATES = ("received", "validated", "selected", "trained", "verified", "certified")
 FOLDER = "unlearning"
 FILE = "ledger.sqlite"
+CERTIFICATE = "certificate.json"  # in a job's own folder
 ENVIRONMENT = "CLKIT_LEDGER"
 _SCHEMA = 1
 _TABLES = """

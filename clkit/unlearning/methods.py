@@ -67,6 +67,13 @@ class Method(ABC):
         """Why it can't serve this request; nothing is trained when there is a problem."""
         return []
 
+    def admit(self, case: Case) -> None:
+        """Refuse what only the run's weights can tell; called once, before any record counts as forgotten.
+
+        Raises:
+            ClkitError: it can't serve this request.
+        """
+
     @abstractmethod
     def plan(self, case: Case) -> Cost:
         """What it will cost; reads, and trains nothing. Called only when :meth:`check` found nothing."""

@@ -22,8 +22,8 @@ from clkit.rundir import fixed
 from clkit.unlearning import certificate, remains, signing
 from clkit.unlearning.case import Case, Source, open_source
 from clkit.unlearning.duplicates import Pair, near_duplicates
-from clkit.unlearning.gates import Evidence, Gate, Limits, partition, run_gates, standard
-from clkit.unlearning.ledger import FOLDER, Ledger, find_folder
+from clkit.unlearning.gates import Evidence, Gate, Limits, brief, partition, run_gates, standard
+from clkit.unlearning.ledger import CERTIFICATE, FOLDER, Ledger, find_folder
 from clkit.unlearning.manifest import Manifest, keyed
 from clkit.unlearning.methods import Method, plan_lines
 from clkit.unlearning.records import Place, records, select, without
@@ -162,7 +162,7 @@ class _Job:
     def serve(self, gates: Sequence[Gate], decision: Decision | None) -> Path:
         if self.state == "certified":
             self.say("already served; here is its certificate")
-            return self.folder / certificate.NAME
+            return self.folder / CERTIFICATE
         self._refuse_served()
         self.ledger.receive(self.key, [(r.request_id, r.digest) for r in self.requests])
         try:
@@ -180,7 +180,7 @@ class _Job:
                 self.ledger.advance(self.key, "trained", run=str(new_run))
             new_run = Path(self.detail["run"])
             findings = run_gates(gates, Evidence(self.source.path, new_run, case, manifest, self.method.sees_forgotten))
-            failed = [f"{f.name} {json.dumps(f.figures)}" for f in findings if not f.passed]
+            failed = [f"{f.name} {brief(f.figures)}" for f in findings if not f.passed]
             if failed:
                 raise VerificationError(
                     f"no certificate: {'; '.join(failed)}. The old run is as it was; the new one is in {new_run}."
@@ -238,6 +238,7 @@ class _Job:
         case = Case(self.source, frozenset(gone), without(self.source.tasks, gone))
         if problems := self.method.check(case):  # before anything is written
             raise RequestError.collect(f"--method {self.method.name} can't serve this request:", problems)
+        self.method.admit(case)
         verdict = {"include": "taken along", "keep": "kept"}.get(decision or "", "none to decide on")
         near = {"found": len(choice.similar), "decision": verdict if choice.similar else "none to decide on"}
         self.ledger.advance(self.key, "selected", stones, near_duplicates=near)

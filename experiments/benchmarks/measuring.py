@@ -17,6 +17,10 @@ import torch
 CLOCKS = {"wall": time.perf_counter, "CPU": time.process_time}
 """CPU time is that of all threads of this process; other processes disturb it far less than wall time."""
 
+GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": str(1 << 16), "MALLOC_TRIM_THRESHOLD_": "0"}
+"""With these in its environment the C library gives every block above 64 KiB back as soon as it is freed, so that a
+process holds what the tensors in use take."""
+
 Times = dict[str, dict[str, list[float]]]
 """Clock, then variant: seconds of each round."""
 
@@ -53,9 +57,13 @@ def machine() -> str:
     import peft
     import transformers
 
-    load = f", load {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}, peft {peft.__version__}"
-    return f"{torch.get_num_threads()} thread(s){load}, {versions}"
+    return f"{torch.get_num_threads()} thread(s), load {load()}, {versions}"
+
+
+def load() -> str:
+    """How many processes wanted a core in the last minute; a question mark where the system does not say."""
+    return f"{os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else "?"
 
 
 def peak_of(work: Callable[[], object]) -> float:
@@ -74,20 +82,23 @@ def peak_of(work: Callable[[], object]) -> float:
         return 0.0
     ctypes.CDLL(None).malloc_trim(0)  # else freed memory still counts as held
     reset.write_text("5", encoding="ascii")  # the process's high-water mark becomes what it holds now
-    before_kib = _status("VmRSS")
+    before = held()
     work()
-    return (_status("VmHWM") - before_kib) / 1024
+    return _status("VmHWM") / 1024 - before
+
+
+def held() -> float:
+    """MiB that this process holds now (Linux)."""
+    return _status("VmRSS") / 1024
 
 
 def alone(arguments: Sequence[str]) -> float:
     """The number that this script prints last when a fresh process runs it with other arguments.
 
-    There the C library gives every block above 64 KiB back as soon as it is freed, so that the process holds what the
-    tensors in use take.
+    It runs with :data:`GIVE_BACK`.
     """
-    settings = {"MALLOC_MMAP_THRESHOLD_": str(1 << 16), "MALLOC_TRIM_THRESHOLD_": "0"}
     command = [sys.executable, sys.argv[0], *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ, **settings})
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ, **GIVE_BACK})
     return float(done.stdout.split()[-1])
 
 

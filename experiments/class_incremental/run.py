@@ -1,9 +1,12 @@
 """Class-incremental learning on real images: every method of a configuration, over splits and seeds, in one table.
 
     python experiments/class_incremental/run.py [CONFIG] [--classes 2 4] [--seeds 0 1 2] [--only dkvb] [--finished]
+    python experiments/class_incremental/run.py CONFIG --budgets 1.75 4     the areas under accuracy over memory too
+    python experiments/class_incremental/run.py CONFIG --curves             accuracy after each task too
 
 A seed also gives the order of the classes. Runs that are finished are read, runs that were cut resume. Seconds are
-processor time of a whole run in this process, features cached.
+processor time of a whole run, features cached. MiB are model (heads and statistics too) and exemplars after the last
+task.
 """
 
 from __future__ import annotations
@@ -11,10 +14,14 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from clkit import api, resolve
+from clkit.config import RunConfig
+from clkit.metrics.continual import budget_auc
+from clkit.report.history import History
 
 HERE = Path(__file__).parent
 COLUMNS = {
@@ -22,6 +29,8 @@ COLUMNS = {
     "average_accuracy": "last accuracy",
     "forgetting": "forgetting",
 }
+AREAS = {"average_incremental_accuracy": "AUC-A", "average_accuracy": "AUC-L"}
+Rows = dict[str, list[dict[str, Any]]]
 
 
 def main() -> None:
@@ -32,9 +41,14 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--only", default="", help="methods whose name contains this")
     parser.add_argument("--finished", action="store_true", help="the table of what is finished, nothing new")
+    parser.add_argument(
+        "--budgets", type=float, nargs="+", default=[], help="MiB of a strategy's first, second, ... row"
+    )
+    parser.add_argument("--curves", action="store_true", help="a table of the accuracy after each task")
     arguments = parser.parse_args()
     for classes in arguments.classes:
-        rows: dict[str, list[dict[str, float]]] = {}
+        rows: Rows = {}
+        strategies: dict[str, list[str]] = {}
         for seed in arguments.seeds:
             base = resolve.read(arguments.config)
             overrides = [f"seed={seed}", f"tasks.classes_per_task={classes}"]
@@ -44,33 +58,72 @@ def main() -> None:
                 here = (Path(config.output_dir) / "metrics.json").exists()
                 if arguments.only in config.name and (here or not arguments.finished):
                     rows.setdefault(config.name, []).append(one(config))
+                    strategies.setdefault(config.strategy.name, [])
+                    if config.name not in strategies[config.strategy.name]:
+                        strategies[config.strategy.name].append(config.name)
         print(table(f"{classes} classes per task", rows), flush=True)
+        if arguments.curves:
+            print(curves(rows), flush=True)
+        if arguments.budgets:
+            print(areas(arguments.budgets, strategies, rows), flush=True)
 
 
-def one(config) -> dict[str, float]:
-    """Metrics and processor seconds of one run."""
-    since = time.process_time()
+def one(config: RunConfig) -> dict[str, Any]:
+    """Metrics, mean accuracy over the tasks seen after each, processor seconds and MiB of one run."""
     result = api.run(config)
-    file = Path(config.output_dir) / "seconds.json"
-    if not file.exists():
-        file.write_text(json.dumps(time.process_time() - since))
     print(f"{config.output_dir}: {result.metrics['average_accuracy']:.3f}", flush=True)
     found = {name: result.metrics[name] for name in COLUMNS}
-    return {**found, "seconds": json.loads(file.read_text())}
+    directory = Path(config.output_dir)
+    spent, cost = json.loads((directory / "status.json").read_text())["cost"], History.read(directory).last_cost
+    return {
+        **found,
+        "curve": [float(row[: k + 1].mean()) for k, row in enumerate(result.matrix)],
+        "seconds": spent["cpu_seconds"],
+        "mib": (cost["model_bytes"] + cost["exemplar_bytes"]) / 2**20,
+    }
 
 
-def table(title: str, rows: dict[str, list[dict[str, float]]]) -> str:
+def table(title: str, rows: Rows) -> str:
     """Markdown: mean and standard deviation over seeds, in percent."""
-    lines = [f"\n### {title}\n", f"| method | {' | '.join(COLUMNS.values())} | seconds |", "|---" * 5 + "|"]
+    lines = [
+        f"\n### {title}\n",
+        f"| method | {' | '.join(COLUMNS.values())} | MiB | seconds | seeds |",
+        "|---" * 7 + "|",
+    ]
     for name, found in rows.items():
-        cells = []
-        for column in COLUMNS:
-            values = [100 * f[column] for f in found if f[column] is not None]
-            spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-            cells.append(f"{statistics.mean(values):.1f}{spread}" if values else "-")
-        seconds = statistics.median(f["seconds"] for f in found)
-        lines.append(f"| {name} | {' | '.join(cells)} | {seconds:.0f} |")
+        cells = [spread([100 * f[column] for f in found if f[column] is not None], 1) for column in COLUMNS]
+        seconds, mib = (statistics.median(f[key] for f in found) for key in ("seconds", "mib"))
+        lines.append(f"| {name} | {' | '.join(cells)} | {mib:.2f} | {seconds:.0f} | {len(found)} |")
     return "\n".join(lines)
+
+
+def curves(rows: Rows) -> str:
+    """Markdown: mean accuracy in percent over the tasks seen so far, after each task, mean over seeds."""
+    tasks = max(len(f["curve"]) for found in rows.values() for f in found)
+    lines = [f"\n| after task | {' | '.join(str(k + 1) for k in range(tasks))} |", "|---" * (tasks + 1) + "|"]
+    for name, found in rows.items():
+        means = [statistics.mean(f["curve"][k] for f in found) for k in range(tasks)]
+        lines.append(f"| {name} | {' | '.join('-' if m != m else f'{100 * m:.1f}' for m in means)} |")
+    return "\n".join(lines)
+
+
+def areas(budgets: Sequence[float], strategies: dict[str, list[str]], rows: Rows) -> str:
+    """Markdown: area under accuracy (a fraction) over MiB, of the strategies with a row for each budget."""
+    lines = [f"\n| strategy, {budgets} MiB | {' | '.join(AREAS.values())} |", "|---" * 3 + "|"]
+    for strategy, names in strategies.items():
+        if len(names) == len(budgets):
+            seeds = list(zip(*(rows[name] for name in names), strict=False))
+            cells = [spread([budget_auc(budgets, [f[a] for f in seed]) for seed in seeds], 3) for a in AREAS]
+            lines.append(f"| {strategy} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def spread(values: Sequence[float], digits: int) -> str:
+    """Mean and standard deviation; a dash where nothing was measured."""
+    if not values:
+        return "-"
+    deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{deviation}"
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from clkit.rng import fresh_generator
 from clkit.strategies.unlearning.losses import sequence_log_probs
 from clkit.tasks.base import Task, TextExamples, TextRecord
 from clkit.trainer import SequentialTrainer
-from clkit.unlearning import attacks
+from clkit.unlearning import attacks, robustness
 
 HERE = Path(__file__).parent
 TOKENS = 60  # of a generated answer; TOFU's answers have about 50
@@ -55,22 +55,28 @@ def scores(
     model: CausalLM, asked: Sequence[tofu.Question], kind: str, answered: int, batch_size: int
 ) -> dict[str, Any]:
     """Probability, truth ratio and ROUGE-L recall of one set; ``kind`` is its name."""
-    right = losses(model, [(q.prompt, q.right) for q in asked], batch_size)
+    own = losses(model, [(q.prompt, q.answer) for q in asked], batch_size)
+    same = all(q.right == q.answer for q in asked)
+    right = own if same else losses(model, [(q.prompt, q.right) for q in asked], batch_size)
     flat = losses(model, [(q.prompt, w) for q in asked for w in q.wrong], batch_size)
     wrong = flat.reshape(len(asked), -1)
-    own = losses(model, [(q.prompt, q.answer) for q in asked], batch_size)
     ratios = metrics.truth_ratio(right, wrong)
     options = kind in ("authors", "facts")
+    found = {
+        "probability": metrics.choice_probability(own, wrong) if options else metrics.probability(own),
+        "truth_ratio": (metrics.truth_ratio_forget if kind == "forget" else metrics.truth_ratio_retain)(ratios),
+        "ratios": ratios.tolist(),
+        "n": [len(asked), answered and len(asked[:: max(1, -(-len(asked) // answered))])],
+    }
+    return found | ({"rouge": rouge(model, asked, answered)} if answered else {})
+
+
+def rouge(model: CausalLM, asked: Sequence[tofu.Question], answered: int) -> float | None:
+    """ROUGE-L recall of the answers that the model writes to so many of the questions, evenly spread."""
     some = asked[:: max(1, -(-len(asked) // answered))]
     encoded = model.encode(examples([(q.prompt, q.answer) for q in some]))
     said = [text for rows in torch.split(torch.arange(len(some)), 16) for text in model.generate(encoded, rows, TOKENS)]
-    return {
-        "probability": metrics.choice_probability(own, wrong) if options else metrics.probability(own),
-        "truth_ratio": (metrics.truth_ratio_forget if kind == "forget" else metrics.truth_ratio_retain)(ratios),
-        "rouge": metrics.rouge_l_recall(said, [q.answer for q in some]),
-        "ratios": ratios.tolist(),
-        "n": [len(asked), len(some)],
-    }
+    return metrics.rouge_l_recall(said, [q.answer for q in some])
 
 
 def relearn(trainer: SequentialTrainer, gone: Task, steps: int, rate: float) -> dict[str, Any]:
@@ -81,21 +87,27 @@ def relearn(trainer: SequentialTrainer, gone: Task, steps: int, rate: float) -> 
     halves = [[(records[i].prompt, records[i].answer) for i in part] for part in (order[::2], order[1::2])]
     found = {"before": metrics.probability(losses(model, halves[1], 16))}
     encoded = model.encode(examples(halves[0]))
-    optimizer = torch.optim.AdamW(trainer.strategy.parameters(), lr=rate, weight_decay=0.0)
-    for step in range(steps):
-        rows = torch.arange(8 * step, 8 * step + 8) % len(encoded)
-        optimizer.zero_grad()
-        model.loss(encoded.batch(rows.unique()).to(model.device)).backward()
-        optimizer.step()
+    robustness.relearn(model, trainer.strategy.parameters(), encoded, steps=steps, rate=rate)
     found["after"] = metrics.probability(losses(model, halves[1], 16))
     return {**found, "steps": steps, "rate": rate, "n": [len(half) for half in halves]}
 
 
-def measure(run_dir: Path, settings: dict[str, Any], count: int) -> dict[str, Any]:
-    """All figures of one run."""
+def rounded(trainer: SequentialTrainer, gone: Task) -> dict[str, float | None]:
+    """How probable the forgotten rows are once the weights have 8 or 4 bits."""
+    model: Any = trainer.model
+    pairs = [(r.prompt, r.answer) for r in gone.train.records]  # type: ignore[attr-defined]
+    found = {}
+    for bits in (8, 4):
+        with robustness.quantised(model.module, bits):
+            found[f"{bits}"] = metrics.probability(losses(model, pairs, 16))
+    return found
+
+
+def measure(run_dir: Path, settings: dict[str, Any], count: int, certificate: Path | None) -> dict[str, Any]:
+    """All figures of one run; those of its certificate, where it has one, are taken from there."""
     options = settings["measure"]
     asked = tofu.questions(settings, count, options["rows"])
-    rows = [r for r in tofu.read("full") if r["row"] // tofu.ROWS_PER_AUTHOR in tofu.forgotten(settings, count)]
+    rows = tofu.forgotten_rows(settings, count)
     gone = examples([(tofu.prompt(r["question"]), r["answer"]) for r in rows])
     gone = TextExamples(tuple(dataclasses.replace(r, id=f"gone {r.id}") for r in gone.records))
     found: dict[str, Any] = {"forget": count}
@@ -105,16 +117,19 @@ def measure(run_dir: Path, settings: dict[str, Any], count: int) -> dict[str, An
         found["sets"] = {
             kind: scores(model, questions, kind, options["answered"], size) for kind, questions in asked.items()
         }
-        first = trainer.tasks[0]
+        task = dataclasses.replace(trainer.tasks[0], train=gone)
+        found["rounded"] = rounded(trainer, task)
+        found["relearning"] = relearn(trainer, task, options["relearn_steps"], float(options["relearn_rate"]))
     parts = [found["sets"][kind] for kind in ("retain", "authors", "facts")]
     found["model_utility"] = metrics.model_utility(
-        [p[k] for p in parts for k in ("probability", "rouge", "truth_ratio")]
+        [p[k] for p in parts for k in ("probability", "rouge", "truth_ratio") if k in p]
     )
-    task = dataclasses.replace(first, train=gone)
-    measured = attacks.measure(run_dir, [task])
-    found["membership"], found["extraction"] = attacks.membership(measured), attacks.extraction(measured)
-    with api.open_run(run_dir) as trainer, trainer.serving():
-        found["relearning"] = relearn(trainer, task, options["relearn_steps"], float(options["relearn_rate"]))
+    if certificate is None:
+        measured = attacks.measure(run_dir, [task])
+        found["membership"], found["extraction"] = attacks.membership(measured), attacks.extraction(measured)
+    else:
+        verified = json.loads(certificate.read_text(encoding="utf-8"))["verification"]
+        found |= {f["name"]: f["figures"] for f in verified if f["name"] in ("membership", "extraction")}
     return found
 
 
@@ -123,11 +138,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run_dir", metavar="RUN", type=Path)
     parser.add_argument("--forget", type=int, required=True, help="authors that are forgotten")
+    parser.add_argument("--certificate", type=Path, help="of the run, if it has one")
     parser.add_argument("--settings", type=Path, default=HERE / "settings.yaml", help="default: beside this file")
     parser.add_argument("--output", type=Path, required=True)
     arguments = parser.parse_args(argv)
     settings = yaml.safe_load(arguments.settings.read_text(encoding="utf-8"))
-    found = measure(arguments.run_dir, settings, arguments.forget)
+    found = measure(arguments.run_dir, settings, arguments.forget, arguments.certificate)
     temporary = arguments.output.with_suffix(".tmp")
     temporary.write_text(json.dumps(found), encoding="utf-8")
     temporary.replace(arguments.output)

@@ -3,12 +3,15 @@
     python experiments/unlearning/run.py --out runs/unlearning
     python experiments/unlearning/run.py --out runs/unlearning --methods retrain npo --forget 2 --seeds 0
     python experiments/unlearning/run.py --out runs/unlearning --summary
+    python experiments/unlearning/run.py --out runs/small --settings experiments/unlearning/small.yaml
 
-For each base of the settings and each seed: one run learns the authors (OUT/BASE-SEED/full). For each number of authors
-and each method a request goes to it through `clkit unlearn`, with a ledger of its own. Then measure.py looks at every
-model. Each of these is a process with one thread; what is finished is skipped, what was killed goes on. Writes
-OUT/summary.csv and OUT/summary.md: model utility, forget quality against retraining on the same base, membership
-inference, extraction, relearning, and the cost of the request as a fraction of retraining in CPU time.
+For each base of the settings and each seed: one run learns the authors (OUT/BASE-SEED/full), from a protected base of
+its own (OUT/BASE-SEED/m0) where the settings describe one. For each number of authors and each method a request goes to
+it through `clkit unlearn`, with a ledger of its own. Then measure.py looks at every model. All with one thread; what is
+finished is skipped, what was killed goes on. Writes OUT/summary.csv and OUT/summary.md: model utility, forget quality
+against retraining on the same base (a protected base names which), membership inference, extraction, relearning,
+rounded weights, and cost in CPU time: of the base before any request (phase 1, and what is deployed), of the whole
+request, and of its training alone, both of these also as fractions of retraining.
 """
 
 from __future__ import annotations
@@ -18,25 +21,31 @@ import csv
 import itertools
 import json
 import os
-import subprocess
 import sys
-from collections.abc import Sequence
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import measure
 import tofu
+import torch
 import yaml
 
+from clkit import cli
 from clkit.errors import ClkitError, ConfigError, did_you_mean
 from clkit.metrics.unlearning import forget_quality
 
 HERE = Path(__file__).parent
 COLUMNS = (
     "method", "base", "forget", "seed", "model_utility", "forget_quality", "ks_distance", "ks_bound", "p_forget",
-    "auc_loss", "auc_reference", "extraction", "relearned", "cpu_s", "cost_ratio",
+    "auc_loss", "auc_reference", "extraction", "p_8_bit", "p_4_bit", "relearn_before", "relearn_after",
+    "protect_s", "deploy_s", "cpu_s", "train_s", "cost_ratio", "train_ratio",
 )  # fmt: skip
-CLI = [sys.executable, "-c", "import sys; from clkit.cli import main; sys.exit(main(sys.argv[1:]))"]
+NOTHING = "none"  # a method of the settings: the model before any request
 # Figures are wanted of models that fail too, so nothing is stopped by a gate.
 OPEN_GATES = ["--max-utility-loss=1e9", "--max-membership=1", "--max-extraction=1", "--keep-near-duplicates"]
 
@@ -64,12 +73,17 @@ class Request:
         return self.source.parent / f"{self.name}-{self.forget}"
 
     @property
+    def certificate(self) -> Path | None:
+        """Of the run without the authors, once there is one."""
+        return next((self.folder / "ledger").glob("*/certificate.json"), None)
+
+    @property
     def new_run(self) -> Path | None:
-        """The run without the authors, once it is certified."""
-        found = sorted((self.folder / "ledger").glob("*/certificate.json"))
-        if not found:
-            return None
-        return found[0].parent / str(json.loads(found[0].read_text())["new_run"]["path"])
+        """The run without the authors, once it is certified; that with them where no method takes them out."""
+        if self.method == NOTHING:
+            return self.source
+        found = self.certificate
+        return None if found is None else found.parent / str(json.loads(found.read_text())["new_run"]["path"])
 
 
 def plan(arguments: argparse.Namespace, settings: dict[str, Any]) -> list[Request]:
@@ -96,31 +110,47 @@ def plan(arguments: argparse.Namespace, settings: dict[str, Any]) -> list[Reques
     return found
 
 
-def execute(command: Sequence[str | Path], folder: Path, step: str, **environment: str) -> bool:
-    """Run a process; adds its CPU time to cost.json under ``step``. Whether it succeeded."""
+def execute(work: Callable[[list[str]], int], arguments: Sequence[str | Path], folder: Path, step: str) -> bool:
+    """Do a piece of work as from the command line; adds its CPU time to cost.json. Whether it succeeded.
+
+    Ledgers stand below ``folder``; what is printed goes to a log of the step.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", **environment}
-    with (folder / f"{step}.log").open("a") as log:
-        process = subprocess.Popen([str(c) for c in command], env=env, stdout=log, stderr=subprocess.STDOUT)
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
+    os.environ["CLKIT_LEDGER"] = str(folder / "ledger")
+    since = time.process_time()
+    with (folder / f"{step}.log").open("a") as log, redirect_stdout(log), redirect_stderr(log):
+        try:
+            code = work([str(a) for a in arguments])
+        except (ClkitError, OSError, RuntimeError, ValueError):  # the others go on
+            traceback.print_exc()
+            code = 1
     file = folder / "cost.json"
     costs = json.loads(file.read_text()) if file.exists() else {}
-    costs[step] = round(costs.get(step, 0.0) + usage.ru_utime + usage.ru_stime, 1)
+    costs[step] = round(costs.get(step, 0.0) + time.process_time() - since, 1)
     file.write_text(json.dumps(costs))
-    return process.returncode == 0
+    return code == 0
 
 
 def learn(request: Request, settings: dict[str, Any], overrides: Sequence[str]) -> bool:
-    """The run that learns the authors."""
-    if (request.source / "metrics.json").exists():
-        return True
-    base = settings["bases"][request.base]
-    tasks = tofu.write_tasks(request.source.parent / "data", settings, base["tasks"])
-    arguments = [f"tasks.tasks=[{','.join(map(str, tasks))}]", f"seed={request.seed}", "tracking.progress=false"]
-    arguments += [f"output_dir={request.source}", *base["overrides"], *overrides]
-    command = [*CLI, "run", HERE / "base.yaml", *arguments, "--quiet"]
-    return execute(command, request.source.parent, "learn", CLKIT_LEDGER=str(request.source.parent / "none"))
+    """The run that learns the authors, after the protected base that it starts from, if any."""
+    base, folder = settings["bases"][request.base], request.source.parent
+    tasks = tofu.write_tasks(folder / "data", settings, base["tasks"])
+    common = [f"tasks.tasks=[{','.join(map(str, tasks))}]", f"seed={request.seed}", "tracking.progress=false"]
+    common += [*settings.get("overrides", ()), *overrides]
+    steps = {"learn": (request.source, base["overrides"])}
+    if "protected" in base:
+        m0 = folder / "m0"
+        deployed = [*base["overrides"], "strategy=dp2unlearning", f"strategy.base={m0}"]
+        steps = {
+            "protect": (m0, [*settings.get("protected", ()), *base["protected"]]),
+            "learn": (request.source, deployed),
+        }
+    for step, (target, own) in steps.items():
+        command = ["run", HERE / "base.yaml", *common, *own, f"output_dir={target}", "--quiet"]
+        done = (target / "metrics.json").exists()
+        if not done and not execute(cli.main, command, folder, step):
+            return False
+    return True
 
 
 def serve(request: Request, settings: dict[str, Any]) -> bool:
@@ -129,9 +159,9 @@ def serve(request: Request, settings: dict[str, Any]) -> bool:
         return True
     file = request.folder / "request.json"
     tofu.write_request(file, settings, request.forget)
-    command = [*CLI, "unlearn", "--run", request.source, "--request", file, "--method", request.method, *OPEN_GATES]
+    command = ["unlearn", "--run", request.source, "--request", file, "--method", request.method, *OPEN_GATES]
     command += ["--set", *request.options] if request.options else []
-    return execute(command, request.folder, "serve", CLKIT_LEDGER=str(request.folder / "ledger"))
+    return execute(cli.main, command, request.folder, "serve")
 
 
 def look(request: Request, settings: Path) -> bool:
@@ -139,9 +169,10 @@ def look(request: Request, settings: Path) -> bool:
     output = request.folder / "figures.json"
     if output.exists():
         return True
-    command = [sys.executable, HERE / "measure.py", request.new_run or "", "--forget", str(request.forget)]
+    command = [request.new_run or "", "--forget", str(request.forget)]
     command += ["--settings", settings, "--output", output]
-    return execute(command, request.folder, "measure", CLKIT_LEDGER=str(request.folder / "ledger"))
+    command += [] if request.certificate is None else ["--certificate", request.certificate]
+    return execute(measure.main, command, request.folder, "measure")
 
 
 def row(request: Request, reference: Request | None) -> dict[str, Any] | None:
@@ -150,13 +181,15 @@ def row(request: Request, reference: Request | None) -> dict[str, Any] | None:
     if not file.exists():
         return None
     found = json.loads(file.read_text())
-    cost = json.loads((request.folder / "cost.json").read_text())["serve"]
+    cost, before = _costs(request.folder).get("serve", 0.0), _costs(request.source.parent)
     result: dict[str, Any] = {
         "method": request.method, "base": request.base, "forget": request.forget, "seed": request.seed,
         "model_utility": found["model_utility"], "p_forget": found["sets"]["forget"]["probability"],
         "auc_loss": found["membership"]["loss"]["auc"][0], "auc_reference": found["membership"]["reference"]["auc"][0],
         "extraction": found["extraction"]["forgotten"], "cpu_s": cost,
-        "relearned": found["relearning"]["after"] - found["relearning"]["before"],
+        "p_8_bit": found.get("rounded", {}).get("8"), "p_4_bit": found.get("rounded", {}).get("4"),
+        "relearn_before": found["relearning"]["before"], "relearn_after": found["relearning"]["after"],
+        "protect_s": before.get("protect"), "deploy_s": before["learn"], "train_s": trained(request),
     }  # fmt: skip
     if reference is not None and (reference.folder / "figures.json").exists():
         other = json.loads((reference.folder / "figures.json").read_text())
@@ -164,14 +197,27 @@ def row(request: Request, reference: Request | None) -> dict[str, Any] | None:
         if quality is not None:
             names = ("forget_quality", "ks_distance", "ks_bound")
             result |= dict(zip(names, (quality.p_value, quality.distance, quality.bound), strict=True))
-        result["cost_ratio"] = cost / json.loads((reference.folder / "cost.json").read_text())["serve"]
+        result["cost_ratio"] = cost / _costs(reference.folder)["serve"]
+        result["train_ratio"] = result["train_s"] / trained(reference)
     return result
 
 
-def write(out: Path, requests: Sequence[Request]) -> None:
+def trained(request: Request) -> float:
+    """CPU seconds of the new run alone: loading, training and its scores; no gates, and no accounting."""
+    found: float = json.loads(((request.new_run or Path()) / "status.json").read_text())["cost"]["cpu_seconds"]
+    return found
+
+
+def _costs(folder: Path) -> dict[str, float]:
+    found: dict[str, float] = json.loads((folder / "cost.json").read_text())
+    return found
+
+
+def write(out: Path, requests: Sequence[Request], bases: dict[str, Any]) -> None:
     """Write and print what is finished."""
     retrained = {(r.base, r.forget, r.seed): r for r in requests if r.method == "retrain"}
-    rows = [found for r in requests if (found := row(r, retrained.get((r.base, r.forget, r.seed))))]
+    against = {r: (bases[r.base].get("reference", r.base), r.forget, r.seed) for r in requests}
+    rows = [found for r in requests if (found := row(r, retrained.get(against[r])))]
     if not rows:
         print(f"no figures in {out}")
         return
@@ -201,6 +247,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--summary", action="store_true", help="run nothing, compare what is finished")
     arguments = parser.parse_args(argv)
     settings = yaml.safe_load(arguments.settings.read_text(encoding="utf-8"))
+    torch.set_num_threads(1)
     failed = False
     try:
         requests = plan(arguments, settings)
@@ -213,7 +260,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             failed |= not done
             outcome = "done" if done else f"failed, see the logs in {request.folder} and {request.source.parent}"
             print(f"{request.name} {request.forget} authors, seed {request.seed}: {outcome}", flush=True)
-        write(arguments.out.absolute(), requests)
+        write(arguments.out.absolute(), requests, settings["bases"])
     except ClkitError as error:
         print(error, file=sys.stderr)
         return error.exit_code

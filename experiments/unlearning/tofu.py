@@ -42,7 +42,7 @@ def write_tasks(target: Path, settings: dict[str, Any], tasks: int) -> list[Path
 
     Retained and forgettable authors are spread evenly, in order: those that are forgotten stand in the last tasks.
     """
-    rows = read("full")
+    rows = _learned(settings)
     parts = [range(*settings["authors"][name]) for name in ("retained", "forgettable")]
     found = []
     for task in range(tasks):
@@ -76,21 +76,44 @@ def forgotten(settings: dict[str, Any], count: int) -> range:
     return range(end - count, end)
 
 
+def forgotten_rows(settings: dict[str, Any], count: int) -> list[dict[str, Any]]:
+    """The rows about them."""
+    return [r for r in _learned(settings) if _author(r) in forgotten(settings, count)]
+
+
 def questions(settings: dict[str, Any], count: int, most: int) -> dict[str, list[Question]]:
-    """``forget``, ``retain``, ``authors`` and ``facts``: at most so many of each, evenly spread."""
+    """``forget``, all of them, and ``retain``, ``authors`` and ``facts``: at most so many of each, evenly spread."""
     gone, kept = forgotten(settings, count), range(*settings["authors"]["retained"])
+    learned = {r["row"] for r in _learned(settings)}
     sets = {
-        "forget": [r for r in read("forget10_perturbed") if r["row"] // ROWS_PER_AUTHOR in gone],
-        "retain": [r for r in read("retain_perturbed") if r["row"] // ROWS_PER_AUTHOR in kept],
+        "forget": [r for r in read("forget10_perturbed") if r["row"] in learned and _author(r) in gone],
+        "retain": [r for r in read("retain_perturbed") if r["row"] in learned and _author(r) in kept],
         "authors": read("real_authors_perturbed"),
         "facts": read("world_facts_perturbed"),
     }
-    return {name: [_question(r) for r in rows[:: max(1, -(-len(rows) // most))]] for name, rows in sets.items()}
+    apart = {name: 1 if name == "forget" else max(1, -(-len(rows) // most)) for name, rows in sets.items()}
+    return {name: [_question(r) for r in rows[:: apart[name]]] for name, rows in sets.items()}
 
 
 def _question(row: dict[str, Any]) -> Question:
     right = row.get("paraphrased_answer", row["answer"])
     return Question(prompt(row["question"]), row["answer"], right, tuple(row["perturbed_answer"]))
+
+
+def _author(row: dict[str, Any]) -> int:
+    number: int = row["row"] // ROWS_PER_AUTHOR
+    return number
+
+
+def _learned(settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of each author that the experiment uses: the shortest ones, in their order, or all of them."""
+    rows, most = read("full"), settings.get("rows_per_author", ROWS_PER_AUTHOR)
+    found = []
+    for first in range(0, len(rows), ROWS_PER_AUTHOR):
+        of_author = rows[first : first + ROWS_PER_AUTHOR]
+        short = sorted(of_author, key=lambda r: len(r["question"]) + len(r["answer"]))[:most]
+        found += [r for r in of_author if r in short]
+    return found
 
 
 def _slice(part: range, task: int, tasks: int) -> list[int]:
@@ -99,15 +122,16 @@ def _slice(part: range, task: int, tasks: int) -> list[int]:
 
 
 def _records(rows: list[dict[str, Any]], authors: Iterable[int]) -> list[dict[str, str]]:
+    wanted = set(authors)
     return [
         {
-            "id": f"row {n}",
-            "author": f"author {a}",
-            "prompt": prompt(rows[n]["question"]),
-            "answer": rows[n]["answer"],
+            "id": f"row {r['row']}",
+            "author": f"author {_author(r)}",
+            "prompt": prompt(r["question"]),
+            "answer": r["answer"],
         }
-        for a in authors
-        for n in range(a * ROWS_PER_AUTHOR, (a + 1) * ROWS_PER_AUTHOR)
+        for r in rows
+        if _author(r) in wanted
     ]
 
 

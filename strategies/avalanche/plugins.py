@@ -42,6 +42,8 @@ SUPPORTED = {
     "gdumb": Supported("GDumbPlugin", text=False),
 }
 
+OWN_BATCHES = ("replay", "gdumb")  # what is trained on comes from the plug-in, not from the trainer's loader
+
 
 def load() -> ModuleType:
     """Import ``avalanche.training.plugins``."""

@@ -15,7 +15,7 @@ from clkit.errors import CapabilityError, ConfigError, Problem
 from clkit.models.seeding import seeded
 from clkit.rng import derive_seed, fresh_generator
 from clkit.strategies.avalanche.agent import Agent, Snapshot, without_deprecations
-from clkit.strategies.avalanche.plugins import SUPPORTED, make, problems
+from clkit.strategies.avalanche.plugins import OWN_BATCHES, SUPPORTED, make, problems
 from clkit.strategies.avalanche.state import decode, encode, numbers
 from clkit.strategy import Losses, RunContext, Strategy
 from clkit.tasks.base import Task
@@ -41,8 +41,11 @@ class Avalanche(Strategy):
 
     @classmethod
     def check(cls, config: AvalancheConfig) -> list[Problem]:
-        """The plug-in exists, can be resumed, and takes these arguments."""
+        """The plug-in exists, can be resumed and takes these arguments, and no second buffer is asked for."""
         found: list[Problem] = problems(config.plugin, config.options)
+        if config.plugin in OWN_BATCHES and config.replay.size:
+            what = f"{config.plugin} makes its own batches and never reads this buffer; set strategy.options.mem_size"
+            found.append(Problem("strategy.replay.size", what))
         return found
 
     # --- set-up -----------------------------------------------------------------------------------------------------

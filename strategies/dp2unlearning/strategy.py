@@ -9,7 +9,7 @@ from typing import Any
 from clkit.config import StrategyConfig, opt
 from clkit.errors import CheckpointError, ConfigError
 from clkit.strategies.dp2unlearning.base import ProtectedBase, digest, open_base
-from clkit.strategy import Capabilities, RunContext, Strategy
+from clkit.strategy import Capabilities, RunContext, Strategy, on_deepspeed
 from clkit.tasks.base import Task
 
 
@@ -28,7 +28,7 @@ class DP2Unlearning(Strategy):
     """
 
     config_class = DP2UnlearningConfig
-    capabilities = Capabilities(kinds=frozenset({"text"}))
+    capabilities = Capabilities(kinds=frozenset({"text"}), **on_deepspeed())
 
     def __init__(self, config: Any = None) -> None:
         super().__init__(config)

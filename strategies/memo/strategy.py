@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from clkit.strategies.memo.cache import CachedMaps
 from clkit.strategies.memo.config import GrowingConfig, MemoConfig
 from clkit.strategies.memo.costs import Costs
 from clkit.strategies.memo.folding import folded, in_pieces
-from clkit.strategy import Capabilities, Losses, RunContext
+from clkit.strategy import Capabilities, Losses, RunContext, on_deepspeed
 from clkit.tasks.base import Task, TaskSequence
 from clkit.tasks.batch import Batch
 
@@ -50,7 +50,7 @@ class Memo(ExemplarMeans):
     """
 
     config_class = MemoConfig
-    capabilities = Capabilities(kinds=frozenset({"classification"}))
+    capabilities = Capabilities(kinds=frozenset({"classification"}), **on_deepspeed(2))
 
     def __init__(self, config: Any = None) -> None:
         super().__init__(config)
@@ -80,6 +80,11 @@ class Memo(ExemplarMeans):
             return []
         what = f"a buffer that shrinks as the model grows (budget_at=stage) needs herding (got '{policy}')"
         return [Problem("strategy.replay.policy", what)]
+
+    @classmethod
+    def kept_bytes(cls, config: Any, sizes: Mapping[str, int], tasks: int) -> int:
+        """A block for every task after the first, at most as large as the whole network."""
+        return (tasks - 1) * sizes["weight_bytes"]
 
     # --- set-up -----------------------------------------------------------------------------------------------------
     def setup(self, run: RunContext) -> None:
@@ -264,7 +269,8 @@ class Memo(ExemplarMeans):
     def end_task(self, task: Task) -> None:
         """Bring the weights of new classes to the norm of the old ones'."""
         if self.aux is not None and self.config.align:
-            self.run.log("weight_alignment", align_new_rows(self.head, self.aux.out_features - 1))
+            with self.run.engine.gathered([self.head.weight], write=True):
+                self.run.log("weight_alignment", align_new_rows(self.head, self.aux.out_features - 1))
 
     # --- exemplars --------------------------------------------------------------------------------------------------
     def select_exemplars(self) -> None:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from clkit import api
+from clkit import api, build
 from clkit.checkpoint import clone_state
-from clkit.config import Plugin
-from clkit.errors import CapabilityError, Problem
+from clkit.config import Plugin, RunConfig
+from clkit.errors import CapabilityError, ClkitError, Problem
 from clkit.progress import Progress
+from clkit.trainer import SequentialTrainer
 from clkit.unlearning.case import Case
 from clkit.unlearning.methods import Cost, Method
 
@@ -44,7 +46,27 @@ class Approximate(Method):
             problems.append(Problem("forget_tasks", "is for runs; the request says what is forgotten"))
         if not (case.source.path / "checkpoints").is_dir():
             problems.append(Problem("", f"{case.source.path} has no checkpoint to start from; it was purged"))
-        return problems
+        if problems:
+            return problems
+        try:
+            build.check(self._changed(case), case.retained, self.strategy.capabilities)
+        except ClkitError as error:
+            return [Problem("", str(error))]
+        return []
+
+    def admit(self, case: Case) -> None:
+        """The run must serve the network that its configuration describes.
+
+        Raises:
+            CapabilityError: it serves another one.
+        """
+        config = case.config
+        with api.open_run(case.source.path) as trainer, trainer.serving():
+            device = trainer.engine.device
+            fresh = build.make_model(config.model, case.source.tasks, config.seed, lambda text: None, device).module
+            trained = {n for n, p in fresh.named_parameters() if p.requires_grad}
+            buffers = {n for n, _ in fresh.named_buffers()}
+            _same_network(trainer, fresh.state_dict(), trained | buffers)
 
     def plan(self, case: Case) -> Cost:
         """Passes over the forgotten rows, each with a retained one beside it where the method retains."""
@@ -69,14 +91,14 @@ class Approximate(Method):
         trains = {task.name: task.train for task in case.source.tasks}
         forget = [trains[name].subset(rows) for name, rows in by_task.items()]
         strategy.give(forget, lambda: deployed(case.source.path, strategy))
-        config = dataclasses.replace(
-            case.config,
-            strategy=Plugin(self.name, self.config),
-            eval=dataclasses.replace(case.config.eval, initial=False),
-            output_dir=str(directory),
-        )
+        config = dataclasses.replace(self._changed(case), output_dir=str(directory))
         api.run(config, strategy=strategy, progress=Progress(enabled=False))
         return directory
+
+    def _changed(self, case: Case) -> RunConfig:
+        """The run's configuration with this strategy, and without scores of a start that is known."""
+        initial = dataclasses.replace(case.config.eval, initial=False)
+        return dataclasses.replace(case.config, strategy=Plugin(self.name, self.config), eval=initial)
 
 
 def deployed(run_dir: Path, strategy: Unlearner) -> dict[str, Tensor]:
@@ -86,16 +108,22 @@ def deployed(run_dir: Path, strategy: Unlearner) -> dict[str, Tensor]:
         CapabilityError: the run's network is another one: its strategy adds to it, or changes what is frozen here.
     """
     with api.open_run(run_dir) as trainer, trainer.serving():
-        serving = trainer.model.module.state_dict()
-        ours = strategy.run.model.module.state_dict()
         wanted = strategy.model_state()
-        odd = sorted({*serving} ^ {*ours}) or sorted(
-            k for k, v in ours.items() if k not in wanted and not torch.equal(v.cpu(), serving[k].cpu())
-        )
-        if odd:
-            raise CapabilityError(
-                f"{run_dir}: strategy '{trainer.config.strategy.name}' serves another network than the configuration's "
-                f"model ({len(odd)} tensors, such as '{odd[0]}'), so this method can't start from it. Use retrain."
-            )
+        _same_network(trainer, strategy.run.model.module.state_dict(), wanted)
+        serving = trainer.model.module.state_dict()
         found: dict[str, Tensor] = clone_state({k: serving[k] for k in wanted})
         return found
+
+
+def _same_network(trainer: SequentialTrainer, ours: dict[str, Tensor], trained: Collection[str]) -> None:
+    """Refuse a run whose network is not ours but for what is trained in it."""
+    serving = trainer.model.module.state_dict()
+    odd = sorted({*serving} ^ {*ours}) or sorted(
+        k for k, v in ours.items() if k not in trained and not torch.equal(v.cpu(), serving[k].cpu())
+    )
+    if odd:
+        raise CapabilityError(
+            f"{trainer.config.output_dir}: strategy '{trainer.config.strategy.name}' serves another network than the "
+            f"configuration's model ({len(odd)} tensors, such as '{odd[0]}'), so this method can't start from it. Use "
+            "retrain."
+        )

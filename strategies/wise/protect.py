@@ -39,7 +39,8 @@ class Protection:
             return plain
         step = plain - (self._solved(plain @ self.others.T, mask, self.floor) @ self.others) * mask
         wanted, found = (plain @ self.own).norm(), (step @ self.own).norm()
-        return step * (wanted / found.clamp(min=1e-12)).clamp(max=_LONGEST)
+        longer: Tensor = (wanted / found.clamp(min=1e-12)).clamp(max=_LONGEST)
+        return step * longer
 
     def _solved(self, right: Tensor, mask: Tensor, floor: float) -> Tensor:
         """(out, N) y for each row of ``right`` (out, N)."""

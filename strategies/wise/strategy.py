@@ -81,6 +81,11 @@ class WISE(EditStrategy):
         nearest = [(known[i], float(alike[i])) for i in order]
         return Explanation(decision.memory, decision.scores, decision.thresholds, nearest)
 
+    def decisions(self) -> list[Explanation]:
+        """What the router decided on each sequence; empty without a memory."""
+        router = self.wise.router
+        return [Explanation(d.memory, d.scores, d.thresholds) for d in router.last] if len(self.wise.layer) else []
+
     def unedited(self) -> AbstractContextManager[None]:
         """Within, nothing is scored and nothing is added."""
         found: AbstractContextManager[None] = self.wise.unedited()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
@@ -235,3 +236,21 @@ def test_the_readme_example_runs(tiny_llama, tmp_path, monkeypatch, capsys):
     exec(compile(code.replace('"smollm2-135m"', repr(str(tiny_llama))), "README.md", "exec"), {})
     assert "PeftModel" in capsys.readouterr().out
     assert (tmp_path / "runs" / "capitals" / "export" / "adapter_config.json").is_file()
+
+    # The section about your own data goes on with the files that the example wrote.
+    own = readme.split("## With your own data and model")[1].split("\n## ")[0]
+    config, sweep = (part.split("```")[0] for part in own.split("```yaml\n")[1:])
+    assert config.count("path/to/a/model") == 1
+    Path("my.yaml").write_text(config.replace("path/to/a/model", str(tiny_llama)))
+    for line in own.split("```sh\n")[1].split("```")[0].splitlines():
+        command, *arguments = shlex.split(line, comments=True)
+        assert command == "clkit" and main(arguments) == 0, capsys.readouterr().err
+    card = Path("my_adapter/README.md").read_text()
+    monkeypatch.chdir("my_adapter")  # elsewhere, and without clkit's help
+    names: dict[str, object] = {}
+    exec(compile(card.split("```python\n")[1].split("```")[0], "my_adapter/README.md", "exec"), names)
+    assert type(names["model"]).__name__ == "PeftModelForCausalLM"
+    monkeypatch.chdir(tmp_path)
+    Path("my.yaml").write_text(Path("my.yaml").read_text() + sweep)
+    assert main(["sweep", "my.yaml", "--dry-run"]) == 0
+    assert "9 runs" in capsys.readouterr().out

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 import clkit
 from clkit.config import RunConfig
 from clkit.evaluation import SCORERS
 from clkit.metrics.continual import DEFINITIONS
 from clkit.registry import STRATEGIES
+from clkit.resolve import validate
 from clkit.tasks import SOURCES
 
 pytest.importorskip("mkdocs", reason="the site needs mkdocs-material: pip install 'clkit[docs]'")
@@ -24,7 +27,7 @@ ROOT = Path(__file__).parents[2]
 def site(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("site")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     return folder
 
@@ -67,3 +70,29 @@ def test_every_strategy_is_named_on_a_page_of_its_own_kind(site):
     pages += "".join(p.read_text() for p in (site / "methods").rglob("index.html"))
     for name in STRATEGIES.names():
         assert f"<code>{name}" in pages or f">{name}<" in pages or f"strategy={name}" in pages, name
+
+
+def test_the_papers_configurations_are_valid(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"^```yaml\n(.*?)^```$", (ROOT / "docs" / "papers.md").read_text(), re.DOTALL | re.MULTILINE)
+    assert len(blocks) == 7
+    for block in blocks:
+        content = yaml.safe_load(block)
+        root = Path(content["tasks"].get("root", "."))
+        root.mkdir(exist_ok=True)
+        if content["tasks"]["source"] == "image-folder":
+            for name in range(100):
+                (root / "train" / str(name)).mkdir(parents=True)
+                (root / "test" / str(name)).mkdir(parents=True)
+        for name in content["tasks"].get("tasks", []):
+            file = root / name if name.endswith(".jsonl") else root / name / "train.jsonl"
+            file.parent.mkdir(exist_ok=True)
+            file.write_text("")
+        validate(content)
+
+
+def test_option_tables_are_those_of_the_dataclass(site):
+    page = text(site, "strategies/baselines")
+    assert "<!-- options" not in page
+    for field in dataclasses.fields(STRATEGIES.get("ewc").config_class):
+        assert field.name == "replay" or f"<code>{field.name}</code>" in page, field.name

@@ -81,6 +81,29 @@ def test_scores_have_rephrase_and_locality_where_they_are_given(load):
     assert all(0 <= v <= 1 for v in entry["after"].values())
 
 
+def test_the_journal_says_how_queries_were_routed(edited):
+    last = edited.journal.entries[-1]
+    assert set(last["routes"]) == {"prompt", "locality"}, (
+        "an unrelated prompt is routed, also without an answer to score"
+    )
+    for part, prompt in (("prompt", "Town of 2?"), ("locality", "Sum 2?")):
+        why, route = edited.explain(prompt), last["routes"][part]
+        assert route["memory"] == why.memory
+        nearest = max(why.scores, key=lambda name: why.scores[name] - why.thresholds[name])
+        assert route["score"] == pytest.approx(why.scores[nearest], rel=1e-3)
+        assert route["threshold"] == pytest.approx(why.thresholds[nearest], rel=1e-3)
+    scores, routes = edited.judge(edited.records["e0"])
+    assert scores == edited.scores(edited.records["e0"]) and routes["prompt"]["score"] > 0
+
+
+def test_methods_that_route_nothing_write_no_routes(tiny_llama):
+    editor = clkit.Editor.load(
+        tiny_llama, {"name": "ft_layer", "steps": 1, "contexts": 0}, device="cpu", prompt="plain"
+    )
+    (entry,) = editor.edit([request(0)])
+    assert "routes" not in entry
+
+
 def test_the_same_requests_again_change_nothing(edited):
     assert edited.edit([request(i) for i in range(3)]) == []
     assert len(edited.journal.entries) == 3
@@ -274,6 +297,9 @@ def test_edit_list_and_rollback(command, tmp_path, capsys):
     text = capsys.readouterr().out
     assert "3 requests, 0 done already, 3 to do" in text and "[3/3] e2:" in text
     assert "3 active edits in 2 memories" in text and "reliability" in text
+    final = json.loads((tmp_path / "out" / "scores.json").read_text())
+    assert final["edits"] == 3 and [row["id"] for row in final["rows"]] == ["e0", "e1", "e2"]
+    assert all(row["routes"]["prompt"]["memory"] in ("shard-0", "shard-1", None) for row in final["rows"])
     assert main(command) == 0
     assert "3 requests, 3 done already, 0 to do" in capsys.readouterr().out
     out = ["edit", "--output", str(tmp_path / "out")]
@@ -281,6 +307,7 @@ def test_edit_list_and_rollback(command, tmp_path, capsys):
     assert "e1  Town of 1? -> b\n" in capsys.readouterr().out
     assert main([*out, "--rollback", "e0", "--device", "cpu"]) == 0
     assert capsys.readouterr().out == "removed: e0\nlearned again without it, in the same memory: e1\n"
+    assert not (tmp_path / "out" / "scores.json").exists(), "it was another model's"
     assert main([*out, "--list"]) == 0
     assert "2 active edits" in capsys.readouterr().out
 

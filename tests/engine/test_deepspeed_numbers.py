@@ -21,7 +21,9 @@ STRATEGIES: dict[str, dict] = {
     "lwf": {"replay": {"size": 12}},
     "ilora": {"replay": {"size": 12}},
     "reglora": {"fraction": 0.1, "lam": 5.0},
+    "dp2unlearning": {},
 }
+M0 = {"name": "private", "noise_multiplier": 1.0, "unit": "record", "test_seed": 0}
 # Small enough that every matrix of the tiny model is really split: DeepSpeed keeps small ones whole by default.
 SPLIT_ALL = {"zero_optimization": {"stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": 0}}
 
@@ -61,9 +63,10 @@ def content(tiny_llama, tmp_path_factory) -> dict:
 def run_of(content: dict, name: str, where: str, engine: dict, **train: object) -> dict:
     """``micro_batch`` also scores before training, when DeepSpeed has no optimiser yet."""
     parts = {k: v for k, v in content.items() if k != "folder"}
+    base = {"base": f"{content['folder']}/m0/naive"} if name == "dp2unlearning" else {}
     return parts | {
         "output_dir": f"{content['folder']}/{where}/{name}",
-        "strategy": {"name": name, **STRATEGIES[name]},
+        "strategy": {"name": name, **base, **STRATEGIES[name]},
         "engine": engine,
         "train": content["train"] | train,
         "eval": content["eval"] | {"initial": "micro_batch" in train},
@@ -76,6 +79,7 @@ def deepspeed(content: dict, stage: int) -> dict:
 
 @pytest.fixture(scope="module")
 def local(content) -> dict:
+    api.run(resolve.validate(run_of(content, "naive", "m0", M0)))
     for name in STRATEGIES:
         api.run(resolve.validate(run_of(content, name, "local", {"name": "local"})))
     return content

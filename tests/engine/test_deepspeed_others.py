@@ -31,12 +31,15 @@ def contents(folder: Path, tiny_llama: Path) -> dict[str, dict]:
             "train": {"epochs": 1, "batch_size": 7, "optimizer": "sgd", "momentum": 0.0, "learning_rate": 2.0},
             **track,
         },
-        "memo": {
-            "model": {"name": "cifar-resnet-8"},
-            "tasks": digits | {"flat": False},
-            "strategy": {"name": "memo"},
-            "train": {"epochs": 1, "batch_size": 8, "optimizer": "sgd", "learning_rate": 0.05},
-            **track,
+        **{
+            name: {
+                "model": {"name": "mlp", "hidden": [64, 32]},
+                "tasks": digits,
+                "strategy": {"name": name, "replay": {"size": 10, "policy": "herding"}},
+                "train": {"epochs": 1, "batch_size": 7, "learning_rate": 0.01, "weight_decay": 0.01, "clip": 0.5},
+                **track,
+            }
+            for name in ("memo", "der")
         },
         "wise": {
             "model": {"name": str(tiny_llama), "dtype": "float32", "prompt": "plain", "lora": {"r": 0}},
@@ -52,7 +55,7 @@ def contents(folder: Path, tiny_llama: Path) -> dict[str, dict]:
 def test_stages_0_to_2_give_the_numbers_of_the_local_engine(tmp_path, tiny_llama):
     given = contents(tmp_path, tiny_llama)
     runs = []
-    for name in ("dkvb", "wise"):
+    for name in given:
         api.run(resolve.validate({**given[name], "output_dir": str(tmp_path / "local" / name)}))
         for stage in range(3):
             engine = {"name": "deepspeed", "zero_stage": stage}
@@ -64,10 +67,11 @@ def test_stages_0_to_2_give_the_numbers_of_the_local_engine(tmp_path, tiny_llama
 
 
 @pytest.mark.parametrize(("name", "changes", "message"), [
-    ("memo", {}, "memo"), ("dkvb", {"model": {"name": "identity", "dtype": "float16"}}, r"model\.dtype: float16"),
+    ("memo", {"engine": {"name": "deepspeed", "zero_stage": 3}}, r"does not run under ZeRO-3 \(it supports 0, 1, 2\)"),
+    ("dkvb", {"model": {"name": "identity", "dtype": "float16"}}, r"model\.dtype: float16"),
 ])  # fmt: skip
 def test_what_would_give_other_numbers_is_refused(tmp_path, tiny_llama, name, changes, message):
-    given = contents(tmp_path, tiny_llama)[name] | changes | {"engine": {"name": "deepspeed", "zero_stage": 1}}
+    given = {**contents(tmp_path, tiny_llama)[name], "engine": {"name": "deepspeed", "zero_stage": 1}, **changes}
     with pytest.raises(ClkitError, match=message):
         api.run(resolve.validate({**given, "output_dir": str(tmp_path / "run")}))
 
@@ -80,7 +84,8 @@ def test_batch_statistics_on_several_processes_are_refused(tiny_llama, tmp_path)
     from clkit import build
     from clkit.engine.deepspeed import DeepSpeedEngine
 
-    config = resolve.validate(contents(tmp_path, tiny_llama)["memo"])
+    images = {"model": {"name": "cifar-resnet-8"}, "tasks": {"source": "digits", "flat": False}}
+    config = resolve.validate({**contents(tmp_path, tiny_llama)["memo"], **images})
     model = build.make_model(config.model, build.make_tasks(config), 0, lambda text: None)
     engine = DeepSpeedEngine.__new__(DeepSpeedEngine)
     engine.group = _Two()

@@ -101,6 +101,32 @@ def test_micro_batches_give_what_one_batch_gives(way, varied):
     assert_near(whole, cut)
 
 
+@pytest.mark.parametrize("modules", [["all-linear"], ["1.self_attn.v_proj", "1.mlp.up_proj"]])
+def test_parameters_own_gradients_are_left_out_from_the_second_batch_on_and_nothing_else_changes(modules, varied):
+    lora = {"r": 2, "target_modules": modules}
+    ours, loop = (private(varied, {"clip": 0.1}, {"lora": lora}, per_unit=way) for way in ("hooks", "loop"))
+    for rows in ([0, 1], [2, 0, 3], [1]):
+        assert_near(moved(ours, rows), moved(loop, rows))
+    clipper = ours.engine._clipper
+    with torch.enable_grad():
+        losses = ours.strategy.example_losses(batch_of(ours, [0, 1]))
+    (leaf,) = clipper._entry._leaves
+    clipper.expect([0, 1])
+    seen = []
+    handles = [p.register_hook(seen.append) for p in trained(ours).values()]
+    clipper.add(losses, [0, 1])
+    assert not seen and leaf.grad is not None, "no parameter got a gradient of its own"
+    assert all(total is not None for total in clipper.take())
+    for handle in handles:
+        handle.remove()
+
+
+@pytest.mark.filterwarnings("error:Full backward hook")
+@pytest.mark.parametrize("way", ["hooks", "ghost"])
+def test_a_first_layer_whose_input_needs_no_gradient_is_clipped_without_a_warning(way, varied):
+    assert moved(private(varied, {"clip": 0.1}, per_unit=way), [0, 1])
+
+
 def test_an_examples_gradient_does_not_depend_on_the_lengths_of_others(varied):
     """The reference implementation's mean over all tokens of a batch fails here."""
     trainer = plain(varied)

@@ -11,6 +11,7 @@ import pytest
 
 from clkit.report import write_report
 from clkit.report.live import make_server
+from clkit.report.sections import Edits
 from clkit.result import RunResult
 
 sync_api = pytest.importorskip(
@@ -21,6 +22,7 @@ pytestmark = [
     pytest.mark.browser,
     pytest.mark.skipif(CHROMIUM is None, reason="the browser tests need Chromium: apt-get install chromium"),
 ]
+PAGES = ("compare", "one", "deletion", "edits")
 SIZES = [(360, 740), (1600, 1000)]
 
 
@@ -33,12 +35,14 @@ def browser():
 
 
 @pytest.fixture(scope="module")
-def files(runs, tmp_path_factory) -> dict[str, Path]:
+def files(runs, deletion, edited, tmp_path_factory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("pages")
     results = [RunResult.load(r) for r in runs]
     write_report(results, folder / "compare.html")
     write_report(results[1:2], folder / "one.html")
-    return {name: folder / f"{name}.html" for name in ("compare", "one")}
+    write_report([RunResult.load(deletion)], folder / "deletion.html")
+    write_report([], folder / "edits.html", edits=[Edits.read(edited)])
+    return {name: folder / f"{name}.html" for name in PAGES}
 
 
 class Visit:
@@ -51,7 +55,7 @@ class Visit:
         self.page.on("console", lambda message: self.errors.append(message.text))
         self.page.on("pageerror", lambda error: self.errors.append(str(error)))
         self.page.on("request", lambda request: self.requests.append(request.url))
-        self.page.goto(url)
+        self.page.goto(url, timeout=120_000)  # of a machine that does much else
 
     def __enter__(self):
         return self
@@ -62,7 +66,7 @@ class Visit:
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("name", ["compare", "one"])
+@pytest.mark.parametrize("name", PAGES)
 def test_the_page_opens_without_errors_requests_or_sideways_scrolling(browser, files, name, size, scheme):
     with Visit(browser, files[name].as_uri(), size, scheme) as visit:
         assert visit.errors == []
@@ -73,8 +77,9 @@ def test_the_page_opens_without_errors_requests_or_sideways_scrolling(browser, f
         assert (brightness < 200) == (scheme == "dark")
 
 
-def test_figures_are_seen_with_title_and_axis_labels(browser, files):
-    with Visit(browser, files["one"].as_uri()) as visit:
+@pytest.mark.parametrize("name", ["one", "deletion", "edits"])
+def test_figures_are_seen_with_title_and_axis_labels(browser, files, name):
+    with Visit(browser, files[name].as_uri()) as visit:
         figures = visit.page.locator("figure svg")
         assert figures.count() >= 3
         for i in range(figures.count()):
@@ -84,7 +89,8 @@ def test_figures_are_seen_with_title_and_axis_labels(browser, files):
             title = figures.nth(i).get_attribute("aria-label").split(".")[0]
             assert title in texts
         first = figures.first.locator("text").all_text_contents()
-        assert "optimiser steps" in first and "accuracy" in first
+        axes = {"edits": {"edits", "mean score so far"}}.get(name, {"optimiser steps", "accuracy"})
+        assert axes <= set(first)
 
 
 def names(page):
@@ -127,7 +133,7 @@ def test_everything_is_reached_by_keyboard(browser, files):
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("name", ["compare", "one"])
+@pytest.mark.parametrize("name", PAGES)
 def test_axe_finds_no_barrier(browser, files, name, scheme):
     axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="needs axe-playwright-python")
     with Visit(browser, files[name].as_uri(), scheme=scheme) as visit:
@@ -140,12 +146,14 @@ def test_axe_finds_no_barrier(browser, files, name, scheme):
 def test_fifty_runs_open_within_two_seconds(browser, runs, tmp_path):
     results = [RunResult.load(runs[i % 4]) for i in range(50)]
     write_report(results, tmp_path / "fifty.html")
-    durations = []
-    for _ in range(3):
-        since = time.monotonic()
-        with Visit(browser, (tmp_path / "fifty.html").as_uri()):
-            durations.append(time.monotonic() - since)
-    assert min(durations) < 2
+    page = browser.new_page()
+    devtools = page.context.new_cdp_session(page)
+    # The work of the page's thread, so that other programs on the machine do not count.
+    devtools.send("Performance.enable", {"timeDomain": "threadTicks"})
+    page.goto((tmp_path / "fifty.html").as_uri())
+    metrics = {m["name"]: m["value"] for m in devtools.send("Performance.getMetrics")["metrics"]}
+    page.close()
+    assert 0 < metrics["TaskDuration"] < 2, metrics
 
 
 def test_the_live_page_follows_the_run(browser, runs, tmp_path):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import subprocess
+import sys
 import xml.etree.ElementTree as ET
 from html.parser import HTMLParser
 
@@ -16,7 +18,7 @@ from clkit.report import comparison, load, write_report
 from clkit.report.history import History, result_so_far
 from clkit.report.plots import shades, thinned
 from clkit.report.sections import Edits
-from clkit.result import RunResult
+from clkit.result import RunResult, compared
 
 
 class Page(HTMLParser):
@@ -79,6 +81,25 @@ def test_everything_about_a_run_stands_in_its_page(runs, tmp_path):
     for svg in svgs:
         assert ET.parse(svg).getroot().tag.endswith("svg")
     assert all(png.read_bytes().startswith(b"\x89PNG") for png in pngs)
+
+
+def test_memory_is_told_with_the_model_of_each_stage_and_of_the_end(runs, tmp_path):
+    shutil.copytree(runs[1], tmp_path / "run")
+    events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
+    costs = [e for e in events if e["event"] == "cost"]
+    for e in costs:
+        e |= {"model_bytes": (e["stage"] + 1) * 2**20, "exemplar_bytes": 2**19}
+
+    def told(kept):
+        (tmp_path / "run" / "events.jsonl").write_text("".join(json.dumps(e) + "\n" for e in kept))
+        write_report([RunResult.load(tmp_path / "run")], tmp_path / "r.html")
+        table = (tmp_path / "r.html").read_text().partition('aria-label="Cost of')[2].partition("</table>")[0]
+        return [re.findall(r"<td>([^<]*)</td>", row)[5:7] for row in table.split("<tr>")[2:]]
+
+    last = len(costs)
+    assert last > 1
+    assert told(events) == [[f"{k + 1.5} MiB", f"{last + 0.5} MiB"] for k in range(last)]
+    assert told([e for e in events if e is not costs[-1]]) == [[f"{k + 1.5} MiB", "–"] for k in range(last - 1)]
 
 
 def test_inline_figures_take_the_colours_of_the_page(page):
@@ -170,6 +191,30 @@ def test_shades_follow_the_direction_of_a_score():
     rows = np.array([[0.25, 30.0], [1.0, 10.0], [np.nan, 20.0]])
     shown = shades(rows, [True, False])
     np.testing.assert_allclose(shown, [[0.25, 0.0], [1.0, 1.0], [np.nan, 0.5]])
+
+
+def test_of_perplexities_the_lower_level_is_better_everywhere(runs, tmp_path):
+    results = [RunResult.load(r) for r in runs[:2]]
+    for result in results:
+        result.higher_is_better = [False] * 3
+    found = {name: better for name, _, better in compared(results)}
+    assert found["average_accuracy"] == "lower" and found["bwt"] == "higher" and found["forgetting"] == "lower"
+    assert "lower is better: mean over i of R[T,i]" in results[0]._repr_html_()
+    write_report(results, tmp_path / "r.html")
+    text = (tmp_path / "r.html").read_text()
+    assert "average accuracy (lower is better)" in text and "Accuracy against" not in text
+    assert "average accuracy</dt>" in text and "higher is better" in text.partition("bwt</dt>")[2][:120]
+
+
+def test_reading_a_report_needs_no_torch(runs, deletion, edited, tmp_path):
+    paths = [str(p) for p in (runs[0], deletion, edited)]
+    code = (
+        "import sys; sys.modules['torch'] = None\n"
+        "from clkit.cli import main\n"
+        f"sys.exit(main(['report', *{paths!r}, '--no-figures', '--output', {str(tmp_path / 'r.html')!r}]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_a_long_curve_keeps_its_mean():

@@ -273,6 +273,15 @@ def test_options_are_checked_against_the_plug_in_before_anything_runs(plugin, op
         resolve.validate({"strategy": {"name": "avalanche", "plugin": plugin, "options": options}})
 
 
+def test_a_second_buffer_that_would_never_be_read_is_refused():
+    strategy = {"name": "avalanche", "plugin": "gdumb", "options": {"mem_size": 9}, "replay": {"size": 5}}
+    with pytest.raises(
+        ConfigError, match="strategy.replay.size: gdumb makes its own batches .*strategy.options.mem_size"
+    ):
+        resolve.validate({"strategy": strategy})
+    resolve.validate({"strategy": {**strategy, "plugin": "ewc", "options": {"ewc_lambda": 1}}})
+
+
 @pytest.mark.parametrize("plugin", ["bic", "cope", "GSS_greedy", "LRSchedulerPlugin"])
 def test_plug_ins_that_could_not_be_resumed_are_refused(plugin):
     with pytest.raises(CapabilityError, match="can't be saved and resumed exactly.* Supported: agem, ewc"):

@@ -40,8 +40,8 @@ OPTIONS = {"dp2unlearning": protected_base}
 
 
 def with_replay(content):
-    """Every strategy is also run with rehearsal under it; edits rehearse nothing."""
-    if content["tasks"].get("kind") == "edit":
+    """Every strategy is also run with rehearsal under it; edits rehearse nothing, Avalanche's replay has its own buffer."""
+    if content["tasks"].get("kind") == "edit" or content["strategy"]["name"] == "avalanche":
         return content
     return {**content, "strategy": {**content["strategy"], "replay": {"size": 10, "policy": "class-balanced"}}}
 

@@ -207,68 +207,6 @@ def test_a_network_that_was_cut_anywhere_still_computes_the_same(name, shape):
             torch.testing.assert_close(features, expected.repeat(1, 2), atol=2e-5, rtol=1e-4)
 
 
-def test_a_text_encoder_is_cut_between_its_layers(tmp_path):
-    folder, texts = tiny_bert(tmp_path), ("a b", "abc def " * 4, "x", "who is it")
-    model = load_model(
-        ModelConfig(name=str(folder)), num_classes=2, generator=torch.Generator().manual_seed(0), input_shape=None
-    )
-    labels = torch.tensor([0, 1, 0, 1])
-    batch = model.encode(LabelledExamples(texts, labels, list("abcd"))).batch(torch.arange(4))
-    backbone = model.module.backbone.eval()
-    with torch.no_grad():
-        expected = backbone(**batch.inputs)
-        assert list(backbone.parts()) == ["embeddings", "layer1", "layer2", "pool"] and backbone.default_cut == "layer2"
-        for cut in ("embeddings", "layer1", "layer2"):
-            torch.testing.assert_close(Expandable(backbone, cut).eval()(**batch.inputs), expected, atol=1e-5, rtol=1e-5)
-
-
-def tiny_bert(tmp_path):
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
-
-    raw = Tokenizer(models.BPE())
-    raw.pre_tokenizer = pre_tokenizers.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    raw.train_from_iterator([], trainers.BpeTrainer(special_tokens=["[PAD]"], initial_alphabet=alphabet))
-    PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="[PAD]").save_pretrained(tmp_path / "bert")
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=raw.get_vocab_size(),
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=40,
-    )
-    BertModel(config).save_pretrained(tmp_path / "bert")
-    return tmp_path / "bert"
-
-
-def test_texts_are_learned_and_exported(tmp_path):
-    tasks = []
-    for t in range(3):
-        texts = tuple(f"{'abcdef'[2 * t + i % 2] * 3} {i}" for i in range(8))
-        examples = LabelledExamples(texts, torch.arange(8) % 2 + 2 * t, [f"{t}/{i}" for i in range(8)])
-        tasks.append(Task(f"t{t}", examples, examples, "classification", "accuracy", (2 * t, 2 * t + 1)))
-    sequence = TaskSequence(tasks, scenario="class")
-    content = {
-        "output_dir": str(tmp_path / "run"),
-        "model": {"name": str(tiny_bert(tmp_path))},
-        "tasks": "facts",
-        "strategy": {"name": "memo", "train_base": False, "replay": {"size": 6, "policy": "herding"}},
-        "train": {"epochs": 3, "batch_size": 4, "learning_rate": 0.01},
-    }
-    config = resolve.validate(content)
-    model = build.make_model(config.model, sequence, 0, lambda text: None)
-    trainer = SequentialTrainer(model, build.make_strategy(config.strategy), config, directory=tmp_path / "run")
-    result = trainer.fit(sequence)
-    assert not np.isnan(result.metrics["average_accuracy"])
-    loaded = load_classifier(tmp_path / "run" / "export").module
-    batch = trainer.run.encodings.train(1).batch(torch.arange(4))
-    with torch.inference_mode():
-        assert torch.equal(loaded(**batch.inputs), trainer.model.module.eval()(**batch.inputs))
-
-
 class TestBudget:
     def test_the_buffer_follows_from_the_bytes(self, vision_content):
         for at in ("end", "stage"):

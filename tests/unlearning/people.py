@@ -7,6 +7,7 @@ from pathlib import Path
 import yaml
 
 from clkit.cli import main
+from clkit.unlearning.ledger import Ledger
 
 PEOPLE = ("Ada Quill", "Bo Tamm", "Cy Orlov", "Di Munro")
 
@@ -57,3 +58,14 @@ def run(content: dict, folder: Path) -> Path:
     file.write_text(yaml.safe_dump(content))
     assert main(["run", str(file), "--quiet"]) == 0
     return Path(content["output_dir"])
+
+
+def nothing_forgotten(run_dir: Path) -> bool:
+    """Whether the ledger beside a run is readable, if there is one, and holds no record for forgotten."""
+    folder = run_dir.parent / "unlearning"
+    if not folder.exists():
+        return True
+    ledger = Ledger(folder)
+    found = ledger.tombstones()
+    ledger.close()
+    return not found

@@ -31,6 +31,12 @@ def test_epsilon_is_that_of_the_reference_table_by_both_accountants(rate, sigma,
     assert epsilon(sigma, rate, steps, delta) == pytest.approx(prv, abs=2e-4)
 
 
+@pytest.mark.filterwarnings("error")
+def test_accountants_say_nothing_that_a_user_could_only_wonder_at():
+    assert epsilon(1.0, 1.0, 1, 1e-5) > 4.377, "log(0) at sampling rate 1"
+    assert find_sigma(8.0, 1.0, 1, 1e-5, "rdp") > 0, "the largest order, on the way to the noise"
+
+
 def exact(sigma: float, delta: float) -> float:
     """Epsilon of one Gaussian mechanism of sensitivity 1 (Balle & Wang 2018)."""
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from people import PEOPLE, request
+from people import PEOPLE, nothing_forgotten, request
 
 from clkit import api, build, resolve
 from clkit.cli import main
@@ -158,7 +158,7 @@ def test_without_its_base_a_run_opens_and_no_request_is_served(deployed, m0, wri
     capsys.readouterr()
     assert unlearn(deployed, file) == 2
     assert "holds no finished run" in capsys.readouterr().err
-    assert not certificates(deployed)
+    assert not certificates(deployed) and nothing_forgotten(deployed)
 
 
 def test_verify_finds_a_base_that_changed_after_the_certificate(deployed, m0, write, capsys):
@@ -184,6 +184,7 @@ def test_a_run_that_was_not_deployed_from_a_base_is_refused(people_content, tmp_
     run_dir = start(people_content, "plain", tmp_path)
     assert unlearn(run_dir, write(request({"record_ids": training_ids(run_dir)[:1]}))) == 2
     assert "the run's strategy is naive" in capsys.readouterr().err
+    assert nothing_forgotten(run_dir)
 
 
 def test_what_is_no_protected_base_of_this_model_is_refused_before_weights_are_loaded(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -17,13 +18,13 @@ HERE = Path(__file__).parents[2] / "experiments" / "unlearning"
 def experiment(monkeypatch, data_root):
     monkeypatch.setenv("CLKIT_DATA", str(data_root))
     monkeypatch.syspath_prepend(str(HERE))
-    for name in ("run", "tofu"):
+    for name in ("run", "measure", "tofu"):
         sys.modules.pop(name, None)
     import run
     import tofu
 
     yield run, tofu, yaml.safe_load((HERE / "settings.yaml").read_text())
-    for name in ("run", "tofu"):
+    for name in ("run", "measure", "tofu"):
         sys.modules.pop(name, None)
 
 
@@ -50,14 +51,40 @@ def test_forty_authors_are_learned_the_last_are_forgotten_and_others_are_never_s
         assert all(len(q.wrong) == (5 if name in ("forget", "retain") else 3) for name, qs in asked.items() for q in qs)
 
 
-def test_every_method_is_one_that_there_is_and_has_a_retrained_model_to_be_compared_with(experiment, tmp_path):
-    run, _, settings = experiment
+def test_a_smaller_experiment_uses_the_shortest_rows_of_each_author_everywhere(experiment, tmp_path):
+    _, tofu, _ = experiment
+    settings = yaml.safe_load((HERE / "small.yaml").read_text())
+    (part,) = tofu.write_tasks(tmp_path, settings, 1)
+    learned = {r["prompt"]: r["author"] for r in rows(part, "train")}
+    assert len(learned) == 100 and set(Counter(learned.values()).values()) == {10}
+    asked = tofu.questions(settings, 2, 100)
+    gone = {f"author {a}" for a in tofu.forgotten(settings, 2)}
+    assert len(asked["forget"]) == 20 and {learned[q.prompt] for q in asked["forget"]} == gone
+    assert asked["retain"] and not {learned[q.prompt] for q in asked["retain"]} & gone
+    assert len(tofu.forgotten_rows(settings, 2)) == 20
+
+
+@pytest.mark.parametrize("name", ["settings", "small"])
+def test_every_method_is_one_that_there_is_and_has_a_retrained_model_to_be_compared_with(name, experiment, tmp_path):
+    run, tofu, _ = experiment
+    from clkit import resolve
     from clkit.unlearning.methods import METHODS, make
 
+    settings = yaml.safe_load((HERE / f"{name}.yaml").read_text())
     arguments = argparse.Namespace(methods=None, forget=None, seeds=[0], out=tmp_path)
     requests = run.plan(arguments, settings)
-    assert len({r.folder for r in requests}) == len(requests) == 3 * len(settings["methods"])
+    assert len({r.folder for r in requests}) == len(requests) == len(settings["forget"]) * len(settings["methods"])
     retrained = {r.base for r in requests if r.method == "retrain"}
     for request in requests:
-        assert request.method in METHODS and request.base in retrained
-        make(request.method, request.options)
+        base = settings["bases"][request.base]
+        assert base.get("reference", request.base) in retrained
+        assert ("protected" in base) == (request.method == "dp2unlearning")
+        if request.method != run.NOTHING:
+            assert request.method in METHODS
+            make(request.method, request.options)
+    for base in settings["bases"].values():
+        tasks = tofu.write_tasks(tmp_path / "data", settings, 1)
+        common = [*settings.get("overrides", ()), f"tasks.tasks=[{tasks[0]}]"]
+        resolve.load(HERE / "base.yaml", [*common, *base["overrides"]])
+        if "protected" in base:
+            resolve.load(HERE / "base.yaml", [*common, *settings["protected"], *base["protected"]])
