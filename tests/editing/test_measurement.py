@@ -81,7 +81,7 @@ def test_scores_are_those_of_each_probe_alone(edited):
             options = [alone(edited, probe.prompt, o)[2] / len(ids(edited, o)) for o in (probe.answer, *probe.others)]
             want["options"] = float(prefers(options))
         assert row.scores == want and row.said == said
-        assert row.nll == pytest.approx(-loglik, abs=1e-4) and row.tokens == len(wanted)
+        assert row.nll == pytest.approx(-loglik, rel=1e-4) and row.tokens == len(wanted)
         seen.add(tuple(want.values()))
     assert len(seen) > 2, "else the probes tell nothing apart"
 
