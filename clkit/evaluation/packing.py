@@ -38,7 +38,7 @@ PACKABLE = frozenset(
 )
 # fmt: on
 
-_ROWS = "_clkit_reads_rows"
+_ROWS = "_clkit_reads_rows"  # attribute of a model, see reads_rows
 _CHUNK = 256  # positions whose logits are turned to float32 at once
 
 

@@ -77,7 +77,7 @@ class WISEConfig(StrategyConfig):
     compat: bool = opt(False, "the published code's algorithm and numbers")
 
 
-# Tried on three edits of SmolLM2-135M, README.md "Defaults".
+# Chosen on kept-apart edits of SmolLM2-135M, README.md "Defaults".
 DEFAULTS = {"steps": 50, "learning_rate": 0.1, "clamp": 3.0, "alpha": 0.1, "beta": 0.8, "gamma": 0.4, "stop_loss": 0.05}
 # EasyEdit @ 14cea82, hparams/WISE/llama-7b.yaml.
 PUBLISHED = {
