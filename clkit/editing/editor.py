@@ -340,8 +340,9 @@ def _route(why: Explanation) -> dict[str, Any]:
     """The memory that answers, and how strongly the one responds that comes nearest to answering; plain JSON."""
     nearest = max(why.scores, key=lambda name: (why.scores[name] - why.thresholds[name], why.scores[name]))
     limit = why.thresholds[nearest]
-    return {
+    found = {
         "memory": why.memory,
         "score": why.scores[nearest],
         "threshold": limit if math.isfinite(limit) else None,
     }
+    return found | ({"likeness": why.likeness[nearest]} if why.likeness else {})

@@ -42,12 +42,14 @@ class Explanation:
         scores: per memory, how strongly it responds.
         thresholds: per memory, what a score has to exceed.
         nearest: ids of the most similar edits and their similarity, the most similar first.
+        likeness: per memory, how alike the prompt is to the nearest of its edits; empty where that does not count.
     """
 
     memory: str | None
     scores: Mapping[str, float]
     thresholds: Mapping[str, float]
     nearest: Sequence[tuple[str, float]] = field(default=())
+    likeness: Mapping[str, float] = field(default_factory=dict)
 
 
 class EditStrategy(Strategy):

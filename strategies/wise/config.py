@@ -51,7 +51,13 @@ class WISEConfig(StrategyConfig):
         "what a memory changes: answer = from the prompt's last token on; sequence = every token, as published",
         choices=("answer", "sequence"),
     )
-    slack: float = opt(0.88, "a memory answers above its threshold times this", above=0, max=1)
+    slack: float | None = opt(None, "a memory answers above its threshold times this", above=0, max=1)
+    likeness: float = opt(
+        0.55,
+        "and only what looks at least so much like one of its edits (a cosine; 0 and compat: whatever it looks like)",
+        min=0,
+        max=1,
+    )
     stop_loss: float | None = opt(None, "an edit is learned when its loss is not above", min=0)
     contexts: int = opt(
         10, "texts that the model writes itself, put before the prompt to learn paraphrases", min=0, max=10
@@ -78,7 +84,16 @@ class WISEConfig(StrategyConfig):
 
 
 # Chosen on kept-apart edits of SmolLM2-135M, README.md "Defaults".
-DEFAULTS = {"steps": 50, "learning_rate": 0.1, "clamp": 3.0, "alpha": 0.1, "beta": 0.8, "gamma": 0.4, "stop_loss": 0.05}
+DEFAULTS = {
+    "steps": 50,
+    "learning_rate": 0.1,
+    "clamp": 3.0,
+    "alpha": 0.1,
+    "beta": 0.8,
+    "gamma": 0.4,
+    "stop_loss": 0.05,
+    "slack": 0.5,
+}
 # EasyEdit @ 14cea82, hparams/WISE/llama-7b.yaml.
 PUBLISHED = {
     "steps": 70,
@@ -88,6 +103,7 @@ PUBLISHED = {
     "beta": 20.0,
     "gamma": 10.0,
     "stop_loss": 0.02,
+    "slack": 0.88,
 }
 
 
@@ -97,7 +113,9 @@ def settled(config: WISEConfig) -> WISEConfig:
     open_ = {name: value for name, value in numbers.items() if getattr(config, name) is None}
     config = dataclasses.replace(config, **open_)  # type: ignore[arg-type]
     if config.compat:
-        config = dataclasses.replace(config, eos=False, negatives=0, storage="float32", reach="sequence", keep=0.0)
+        config = dataclasses.replace(
+            config, eos=False, negatives=0, storage="float32", reach="sequence", keep=0.0, likeness=0.0
+        )
     return config
 
 

@@ -20,6 +20,7 @@ from clkit.modes import evaluating
 from clkit.rng import fresh_generator
 from clkit.strategies.wise.config import WISEConfig, settled
 from clkit.strategies.wise.delta import SparseDelta
+from clkit.strategies.wise.likeness import Gate, Likeness
 from clkit.strategies.wise.masks import shard_mask
 from clkit.strategies.wise.merge import merge
 from clkit.strategies.wise.optimise import Objective, Others, Outcome, Settings, optimise
@@ -57,7 +58,8 @@ class Wise:
             self._weight = dense_weight(location.projection)
             activation = _activation(location)
         always, answer_only = config.routing == "none", self.config.reach == "answer"
-        self.router = Router(self.config.slack, activation, config.compat, always, answer_only)
+        self.gate = Gate(self.config.likeness)
+        self.router = Router(self.config.slack or 1.0, self.gate, activation, config.compat, always, answer_only)
         self.reader = Reader(location, positions=not config.compat)
         self.layer = SideLayer(location, self.router)
         self.location = location
@@ -94,6 +96,7 @@ class Wise:
         live.threshold = self._least if global_minimum else min(live.threshold, score)
         self.prompts[record.id] = [p for p in (record.prompt, record.locality_prompt) if p]
         self.targets[record.id] = record.target_new
+        self._remember(record)
         if live not in self.layer.all():
             self.layer.put([*self.layer.all(), live])
         self.router.forget()
@@ -131,6 +134,13 @@ class Wise:
             protection = self._protection(prefix, found, [] if config.compat else kept, others)
             matrix, outcome = optimise(objective, matrix, mask, protection)
         return matrix, outcome, outcome.score
+
+    def _remember(self, record: EditRecord) -> None:
+        """Let the gate know the edit's prompt."""
+        if self.gate.limit:
+            if self.gate.likeness is None:
+                self.gate.likeness = Likeness.between(self._stacked(contexts.IRRELEVANT))
+            self.gate.add(record.id, self.reading(record.prompt))
 
     def _protection(self, prefix: Prefix, found: rows.Rows, kept: Sequence[str], others: Others | None) -> Protection:
         """What steps leave alone: what edits ``kept`` in this memory say, and how little it says to ``others``."""
@@ -320,6 +330,7 @@ class Wise:
                 self._readings.pop(prompt, None)
             self.targets.pop(i, None)
             self._said.pop(i, None)
+            self.gate.prints.pop(i, None)
         if self.live is not None and not self.live.edits:
             self.live = None
         self.layer.put([m for m in memories if m.edits])
@@ -354,6 +365,7 @@ class Wise:
             "units": None if self._units is None else list(self._units),
             "prompts": self.prompts,
             "targets": self.targets,
+            "likeness": self.gate.state_dict(),
             "live": self.live is not None,
             "memories": [m.to_state("float32" if m is self.live else storage) for m in self.layer.all()],
         }
@@ -366,6 +378,7 @@ class Wise:
         self._units = None if state["units"] is None else (state["units"][0], state["units"][1])
         self.prompts = {i: list(texts) for i, texts in state["prompts"].items()}
         self.targets = dict(state["targets"])
+        self.gate.load_state_dict(state["likeness"], list(self.prompts), self.location.device)
         self.layer.put([SideMemory.from_state(m) for m in state["memories"]])
         self.live = self.layer.all()[-1] if state["live"] else None
 

@@ -15,6 +15,7 @@ from clkit.errors import RequestError, did_you_mean
 from clkit.models.routing import PromptRouter, at_last_token, last_token
 
 if TYPE_CHECKING:
+    from clkit.strategies.wise.likeness import Gate
     from clkit.strategies.wise.side_memory import SideMemory
 
 Activation = Callable[[Tensor], Tensor]
@@ -31,11 +32,13 @@ class Decision:
         memory: name of the memory that answers; None = the model itself.
         scores: per memory, how much it would change the projection's output at the prompt's last token.
         thresholds: per memory, what the score has to exceed.
+        likeness: per memory, how alike the prompt is to the nearest of its edits; empty without a gate.
     """
 
     memory: str | None
     scores: dict[str, float]
     thresholds: dict[str, float]
+    likeness: dict[str, float]
 
 
 class Answer(NamedTuple):
@@ -69,6 +72,7 @@ class Router(PromptRouter):
 
     Args:
         slack: a score must exceed threshold * slack.
+        gate: and the prompt must look like one of the memory's edits.
         activation: see :func:`change_sizes`.
         compat: the published statistic: the mean over all positions, padding too, and the maximum of more than 100.
         answer_only: a memory changes what stands from the prompt's last token on; else the whole sequence.
@@ -81,6 +85,7 @@ class Router(PromptRouter):
     def __init__(
         self,
         slack: float,
+        gate: Gate,
         activation: Activation | None = None,
         compat: bool = False,
         always: bool = False,
@@ -88,6 +93,7 @@ class Router(PromptRouter):
     ) -> None:
         super().__init__()
         self.slack = slack
+        self.gate = gate
         self.activation = activation
         self.compat = compat
         self.always = always
@@ -125,17 +131,21 @@ class Router(PromptRouter):
             sizes = [change_sizes(memory(read), output, self.activation) for memory in memories]
             scores = torch.stack([self.statistic(size) for size in sizes]).T
             limits = [-math.inf if self.always else m.threshold * self.slack for m in memories]
-            chosen = choose(scores, limits)
+            alike = self.gate(read.mean(dim=1), [m.edits for m in memories])
+            fit = scores if alike is None or self.always else scores.where(alike >= self.gate.limit, -math.inf)
+            chosen = choose(fit, limits)
             ends = call.past + last_token(mask, x.shape[1], len(x))
             call.choice = list(zip(chosen, ends.tolist(), strict=True))
             names = [m.name for m in memories]
+            near = [{} for _ in x] if alike is None else [dict(zip(names, row, strict=True)) for row in alike.tolist()]
             self.last = [
                 Decision(
                     None if k < 0 else names[k],
                     dict(zip(names, row, strict=True)),
                     dict(zip(names, limits, strict=True)),
+                    own,
                 )
-                for k, row in zip(chosen, scores.tolist(), strict=True)
+                for k, row, own in zip(chosen, scores.tolist(), near, strict=True)
             ]
         forced = None if self._forced is None else self._index(self._forced[0], memories)
         return [

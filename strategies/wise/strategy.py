@@ -75,16 +75,22 @@ class WISE(EditStrategy):
         (decision,) = wise.router.last
         mine = wise.reading(prompt)
         known = list(wise.prompts)
-        others = torch.stack([wise.reading(wise.prompts[i][0]) for i in known])
-        alike = torch.cosine_similarity(others, mine[None])
+        likeness = wise.gate.likeness
+        if likeness is None:
+            others = torch.stack([wise.reading(wise.prompts[i][0]) for i in known])
+            alike = torch.cosine_similarity(others, mine[None])
+        else:
+            alike = likeness(mine[None], torch.stack([wise.gate.prints[i] for i in known]))[0]
         order = alike.argsort(descending=True)[:_NEAREST].tolist()
         nearest = [(known[i], float(alike[i])) for i in order]
-        return Explanation(decision.memory, decision.scores, decision.thresholds, nearest)
+        return Explanation(decision.memory, decision.scores, decision.thresholds, nearest, decision.likeness)
 
     def decisions(self) -> list[Explanation]:
         """What the router decided on each sequence; empty without a memory."""
         router = self.wise.router
-        return [Explanation(d.memory, d.scores, d.thresholds) for d in router.last] if len(self.wise.layer) else []
+        if not len(self.wise.layer):
+            return []
+        return [Explanation(d.memory, d.scores, d.thresholds, likeness=d.likeness) for d in router.last]
 
     def unedited(self) -> AbstractContextManager[None]:
         """Within, nothing is scored and nothing is added."""

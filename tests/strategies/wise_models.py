@@ -58,6 +58,7 @@ def byte_tokenizer():
 def quick(**options) -> WISEConfig:
     """Few steps, few rows, shards of two."""
     small = {"layer": "1", "steps": 8, "contexts": 2, "negatives": 2, "shard_size": 2, "merge_every": 4}
+    small |= {"likeness": 0.0}  # tests/strategies/test_wise_likeness.py has it
     return WISEConfig(**(small | options))
 
 
@@ -85,7 +86,7 @@ def logits(model: CausalLM, text: str) -> torch.Tensor:
 # --- the published implementation's numbers ---------------------------------------------------------------------------
 def golden() -> tuple[dict, dict]:
     """Arrays and JSON of the golden data; skips where it is absent."""
-    data = Path(os.environ.get("CLKIT_DATA", Path(__file__).parents[2] / "shared" / "data"))
+    data = Path(os.environ.get("CLKIT_DATA", Path(__file__).parents[3] / "shared" / "data"))
     folder = data.parent / "golden" / "wise"
     if not folder.is_dir():
         pytest.skip(f"the published numbers are not at {folder}; set CLKIT_DATA")
