@@ -59,7 +59,8 @@ class Wise:
             activation = _activation(location)
         always, answer_only = config.routing == "none", self.config.reach == "answer"
         self.gate = Gate(self.config.likeness)
-        self.router = Router(self.config.slack or 1.0, self.gate, activation, config.compat, always, answer_only)
+        gate = self.gate if self.gate.limit and not always else None
+        self.router = Router(self.config.slack or 1.0, activation, config.compat, always, answer_only, gate)
         self.reader = Reader(location, positions=not config.compat)
         self.layer = SideLayer(location, self.router)
         self.location = location

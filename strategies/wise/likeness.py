@@ -49,7 +49,7 @@ class Likeness:
     def __call__(self, readings: Tensor, prints: Tensor) -> Tensor:
         """(B, N) how alike readings (B, in) are to those that ``prints`` (N, 96) were made of."""
         kept = _unpacked(prints.cpu().numpy().tobytes()).view(-1, _SIGNS).to(readings.device)
-        return self._projected(readings) @ kept.T / (_SIGNS * _MEAN_SIZE)
+        return (self._projected(readings) @ kept.T / (_SIGNS * _MEAN_SIZE)).clamp(-1.0, 1.0)
 
     def _projected(self, readings: Tensor) -> Tensor:
         own = F.normalize(readings.float(), dim=-1)
@@ -84,13 +84,14 @@ class Gate:
         if self.likeness is not None:
             self.prints[edit] = self.likeness.prints(reading[None])[0]
 
-    def __call__(self, readings: Tensor, edits: Sequence[Sequence[str]]) -> Tensor | None:
-        """(B, M) the likeness of readings (B, in) to the nearest of each memory's edits; None without a gate."""
-        likeness = self.likeness
-        if likeness is None:
-            return None
-        known = [torch.stack([self.prints[i] for i in ids]) for ids in edits]
-        return torch.stack([likeness(readings, prints).amax(dim=1) for prints in known], dim=1)
+    def __call__(self, readings: Tensor, edits: Sequence[Sequence[str]]) -> Tensor:
+        """(B, M) the likeness of readings (B, in) to the nearest of each memory's edits."""
+        return torch.stack([self.alike(readings, ids).amax(dim=1) for ids in edits], dim=1)
+
+    def alike(self, readings: Tensor, edits: Sequence[str]) -> Tensor:
+        """(B, N) the likeness of readings (B, in) to edits; all must have been added."""
+        assert self.likeness is not None, "there is no edit yet"
+        return self.likeness(readings, torch.stack([self.prints[i] for i in edits]))
 
     def state_dict(self) -> dict[str, Any] | None:
         """What all prompts share, and the prints of all edits, one after another; None without a gate."""

@@ -72,11 +72,11 @@ class Router(PromptRouter):
 
     Args:
         slack: a score must exceed threshold * slack.
-        gate: and the prompt must look like one of the memory's edits.
         activation: see :func:`change_sizes`.
         compat: the published statistic: the mean over all positions, padding too, and the maximum of more than 100.
         answer_only: a memory changes what stands from the prompt's last token on; else the whole sequence.
         always: thresholds do not count: the memory with the largest score answers, whatever it is.
+        gate: when given, the prompt must also look like one of the memory's edits.
 
     Attributes:
         last: the decisions of the newest scoring, one per sequence.
@@ -85,11 +85,11 @@ class Router(PromptRouter):
     def __init__(
         self,
         slack: float,
-        gate: Gate,
         activation: Activation | None = None,
         compat: bool = False,
         always: bool = False,
         answer_only: bool = True,
+        gate: Gate | None = None,
     ) -> None:
         super().__init__()
         self.slack = slack
@@ -131,8 +131,10 @@ class Router(PromptRouter):
             sizes = [change_sizes(memory(read), output, self.activation) for memory in memories]
             scores = torch.stack([self.statistic(size) for size in sizes]).T
             limits = [-math.inf if self.always else m.threshold * self.slack for m in memories]
-            alike = self.gate(read.mean(dim=1), [m.edits for m in memories])
-            fit = scores if alike is None or self.always else scores.where(alike >= self.gate.limit, -math.inf)
+            alike, fit = None, scores
+            if self.gate is not None:
+                alike = self.gate(read[:, 0], [m.edits for m in memories])
+                fit = scores.where(alike >= self.gate.limit, -math.inf)
             chosen = choose(fit, limits)
             ends = call.past + last_token(mask, x.shape[1], len(x))
             call.choice = list(zip(chosen, ends.tolist(), strict=True))

@@ -75,12 +75,11 @@ class WISE(EditStrategy):
         (decision,) = wise.router.last
         mine = wise.reading(prompt)
         known = list(wise.prompts)
-        likeness = wise.gate.likeness
-        if likeness is None:
+        if wise.gate.limit:
+            alike = wise.gate.alike(mine[None], known)[0]
+        else:
             others = torch.stack([wise.reading(wise.prompts[i][0]) for i in known])
             alike = torch.cosine_similarity(others, mine[None])
-        else:
-            alike = likeness(mine[None], torch.stack([wise.gate.prints[i] for i in known]))[0]
         order = alike.argsort(descending=True)[:_NEAREST].tolist()
         nearest = [(known[i], float(alike[i])) for i in order]
         return Explanation(decision.memory, decision.scores, decision.thresholds, nearest, decision.likeness)
