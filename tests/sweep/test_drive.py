@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import signal
 import subprocess
@@ -146,7 +147,9 @@ def test_workers_see_their_threads_and_gpus(monkeypatch):
 
 def start(file: str, *arguments: str, log: Path) -> subprocess.Popen:
     command = [sys.executable, "-m", "clkit.cli", "sweep", file, *arguments]
-    return subprocess.Popen(command, stdout=log.open("ab"), stderr=subprocess.STDOUT)
+    # A job in the background ignores Ctrl-C, and its children do too.
+    hears = functools.partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+    return subprocess.Popen(command, stdout=log.open("ab"), stderr=subprocess.STDOUT, preexec_fn=hears)
 
 
 def until(condition, seconds: float = 120) -> None:
