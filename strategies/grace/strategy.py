@@ -142,17 +142,14 @@ class Grace(LayerEdits):
         book = module._modules.get(_PLACE)
         if not isinstance(book, Codebook) or self.router.off:
             return output
-        x, call = args[0], self.router.current()
-        if call.choice is None or len(call.choice) != len(x):
-            mask = self.router.prompt_mask(call, x)
-            last = last_token(mask, x.shape[1], len(x)) + call.past
-            call.choice = list(zip(book.find(at_last_token(x, mask)[:, 0]), last.tolist(), strict=True))
-        if all(k < 0 for k, _ in call.choice):
+        x = args[0]
+        decided = self.router.decided(x, lambda mask: book.find(at_last_token(x, mask)[:, 0]))
+        if all(k < 0 for k, _ in decided):
             return output
         result = output.clone()
-        for row, (k, last) in enumerate(call.choice):
+        for row, (k, start) in enumerate(decided):
             if k >= 0:
-                result[row, max(last - call.past, 0) :] = book.values[k].to(output.dtype)
+                result[row, start:] = book.values[k].to(output.dtype)
         return result
 
     def holdings(self) -> dict[str, list[str]]:
