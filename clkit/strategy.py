@@ -90,6 +90,7 @@ class RunContext:
         encodings: encoded examples of every task, made once.
         position: where the run is.
         log: ``log(name, value)`` writes one number to events.jsonl.
+        note: ``note(kind, **fields)`` writes an event of another kind; plain JSON.
         cache: keeps what is computed once and never changes; on disk when the run keeps anything there.
     """
 
@@ -102,6 +103,7 @@ class RunContext:
     position: Position = field(default_factory=Position)
     log: Callable[[str, float], None] = lambda name, value: None
     cache: RowCache = field(default_factory=lambda: RowCache(None))
+    note: Callable[..., None] = lambda kind, **fields: None
 
 
 class TaskLoop(ABC):

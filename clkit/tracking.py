@@ -6,6 +6,7 @@
 ``score/<task>/<metric>``         a task's score, with the weights that serve
 ``score/<task>/<metric>/<name>``  with other weights
 ``value/<name>``                  what the strategy logs
+``edits/<aspect>``                means over all edits so far, after each task of edits
 ``cost/<name>``                   parameters, bytes and peak memory, after each task
 ``metric/<name>``                 the metrics of the finished run
 ================================= =======================================================
@@ -43,6 +44,8 @@ def scalars(kind: str, fields: Mapping[str, Any]) -> dict[str, float]:
         found = {"/".join(place): fields["value"]}
     elif kind == "value":
         found = {f"value/{fields['name']}": fields["value"]}
+    elif kind == "edits":
+        found = {f"edits/{name}": value for name, value in fields["means"].items()}
     elif kind == "cost":
         found = {f"cost/{name}": fields[name] for name in _COSTS}
     elif kind == "metrics":

@@ -154,6 +154,7 @@ class SequentialTrainer:
             self.position,
             lambda name, value: self.observer.event("value", name=name, value=value),
             cache,
+            self.observer.event,
         )
         self.strategy.setup(self.run)
         self.further |= {name: Scores.empty(len(tasks), own) for name in self.strategy.alternatives()}

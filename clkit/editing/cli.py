@@ -94,13 +94,12 @@ def _model_of(output: Path) -> str:
 def _report(editor: Any, records: Any) -> str:
     """Scores of the requests on the final model, after every edit; they are kept beside the edits for the report."""
     from clkit.editing.journal import FINAL
+    from clkit.editing.judging import standing
     from clkit.files import write_json
     from clkit.metrics.editing import estimate
 
     names = {"prompt": "reliability", "rephrase": "generalisation", "locality": "locality answer"}
-    rows = [
-        {"id": record.id, **dict(zip(("after", "routes"), editor.judge(record), strict=True))} for record in records
-    ]
+    rows = standing(editor.strategy, editor.model, records)
     write_json(editor.directory / FINAL, {"edits": len(editor.records), "rows": rows})
     lines = [f"{len(editor.records)} active edits in {len(editor.memories())} memories: {editor.directory}"]
     for key, name in names.items():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 
 from clkit.config import LoraConfig, ModelConfig, Plugin
+from clkit.editing import judging
 from clkit.editing.journal import Journal
 from clkit.editing.request import EditRequest, checked, conflicts
 from clkit.editing.store import (
@@ -27,9 +27,7 @@ from clkit.editing.store import (
 from clkit.editing.strategy import EditStrategy, Explanation, language_model
 from clkit.errors import CheckpointError, Problem, RequestError, did_you_mean
 from clkit.evaluation.base import evaluation_mode
-from clkit.evaluation.editing import forced_answers
 from clkit.files import disk_errors
-from clkit.metrics.editing import token_accuracy
 from clkit.models import load_model
 from clkit.models.causal_lm import CausalLM
 from clkit.models.encoded_text import EncodedText
@@ -204,25 +202,10 @@ class Editor:
             raise RequestError.collect(f"Some edits conflict; nothing was edited{hint}:", problems)
 
     def _edit(self, record: EditRecord) -> dict[str, Any]:
-        before, since = self.scores(record), time.perf_counter()
-        outcome = self.strategy.learn(record)
-        seconds = round(time.perf_counter() - since, 3)
+        entry = judging.learn(self.strategy, self.model, record)
         self.records[record.id] = record
         self._settled = False
-        after, routes = self.judge(record)
-        entry = {
-            "kind": "edit",
-            "id": record.id,
-            "request": {k: getattr(record, k) for k in EditRecord.__slots__ if getattr(record, k) is not None},
-            "before": before,
-            "after": after,
-            **({"routes": routes} if routes else {}),
-            "memory": outcome.memory,
-            "steps": outcome.steps,
-            "losses": dict(outcome.losses),
-            "seconds": seconds,
-        }
-        return self._record(entry)
+        return self._record({"kind": "edit", **entry})
 
     def rollback(self, name: str) -> Rollback:
         """Take back an edit, or all edits of a memory.
@@ -266,26 +249,8 @@ class Editor:
         return self.judge(record)[0]
 
     def judge(self, record: EditRecord) -> tuple[dict[str, float], dict[str, dict[str, Any]]]:
-        """:meth:`scores`, and how each of these queries was routed.
-
-        Returns:
-            Token accuracies; and per query the memory that answered (None = the model itself) with score and threshold
-            of the memory that responds most. The second is empty where the method routes nothing.
-        """
-        asked = {"prompt": (record.prompt, record.target_new)}
-        if record.rephrase_prompt:
-            asked["rephrase"] = (record.rephrase_prompt, record.target_new)
-        if record.locality_prompt:  # without an answer it is routed and not scored
-            asked["locality"] = (record.locality_prompt, record.locality_answer or "the")
-        rows = [TextRecord(prompt, answer, name) for name, (prompt, answer) in asked.items()]
-        encoded = EncodedText(rows, self.model.form, self.model.max_length)
-        with evaluation_mode(self.model):
-            found = forced_answers(self.model, encoded, range(len(rows)))
-        routes = {name: _route(why) for name, why in zip(asked, self.strategy.decisions(), strict=False)}
-        scores = {name: token_accuracy(f.predicted, f.wanted) for name, f in zip(asked, found, strict=True)}
-        if not record.locality_answer:
-            scores.pop("locality", None)
-        return scores, routes
+        """:meth:`scores`, and how each of these queries was routed: see :func:`clkit.editing.judging.judge`."""
+        return judging.judge(self.strategy, self.model, record)
 
     # --- keeping ----------------------------------------------------------------------------------------------------
     def save(self, directory: str | Path) -> Path:
@@ -334,15 +299,3 @@ class Editor:
     def _state(self, entry: dict[str, Any] | None) -> dict[str, Any]:
         last = entry or (self.journal.entries[-1] if self.journal.entries else None)
         return state_of(self.strategy, self.records, last, settled=self._settled)
-
-
-def _route(why: Explanation) -> dict[str, Any]:
-    """The memory that answers, and how strongly the one responds that comes nearest to answering; plain JSON."""
-    nearest = max(why.scores, key=lambda name: (why.scores[name] - why.thresholds[name], why.scores[name]))
-    limit = why.thresholds[nearest]
-    found = {
-        "memory": why.memory,
-        "score": why.scores[nearest],
-        "threshold": limit if math.isfinite(limit) else None,
-    }
-    return found | ({"likeness": why.likeness[nearest]} if why.likeness else {})

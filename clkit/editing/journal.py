@@ -10,6 +10,8 @@ from typing import Any
 from clkit.errors import CheckpointError
 from clkit.files import disk_errors
 
+# What is asked of an edit, and the aspect that its score stands for.
+QUERIES = {"prompt": "reliability", "rephrase": "generalisation", "locality": "locality"}
 FINAL = "scores.json"  # beside the journal: the edits of the newest `clkit edit` on the model after all of them
 
 

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from clkit.editing import judging
 from clkit.errors import CapabilityError
 from clkit.models.base import Model
 from clkit.models.causal_lm import CausalLM
@@ -43,6 +44,7 @@ class Explanation:
         thresholds: per memory, what a score has to exceed.
         nearest: ids of the most similar edits and their similarity, the most similar first.
         likeness: per memory, how alike the prompt is to the nearest of its edits; empty where that does not count.
+        least: what a likeness must be at least.
     """
 
     memory: str | None
@@ -50,6 +52,7 @@ class Explanation:
     thresholds: Mapping[str, float]
     nearest: Sequence[tuple[str, float]] = field(default=())
     likeness: Mapping[str, float] = field(default_factory=dict)
+    least: float = 0.0
 
 
 class EditStrategy(Strategy):
@@ -132,14 +135,19 @@ class EditStrategy(Strategy):
         return sum(len(self.run.tasks[i].train) for i in self.training_set(stage))
 
     def train_task(self, task: Task, loop: TaskLoop) -> None:
-        """Learn the edits that are left of this task, in their order."""
+        """Learn the edits that are left of this task, in their order, and write down how each went."""
+        model = language_model(self.run.model)
         for record in edit_records(task)[self.run.position.step :]:
-            outcome = self.learn(record)
-            loop.done(dict(outcome.losses))
+            entry = judging.learn(self, model, record)
+            self.run.note("edit", **entry)
+            loop.done(entry["losses"])
 
     def end_task(self, task: Task) -> None:
-        """See :meth:`settle`."""
+        """See :meth:`settle`; then all edits so far are scored on the model that holds them."""
         self.settle()
+        rows = judging.standing(self, language_model(self.run.model), self._records().values())
+        last = {"rows": rows} if self.run.position.stage == len(self.run.tasks) - 1 else {}
+        self.run.note("edits", edits=len(rows), means=judging.means(rows), **last)
 
     def model_state(self) -> dict[str, Tensor]:
         """Nothing: the base is not trained, and the memories are in :meth:`state_dict`."""
@@ -160,10 +168,13 @@ class EditStrategy(Strategy):
         """Write the edits without the base weights; returns the snippet that puts them on the base."""
         from clkit.editing.store import write_edits
 
-        known = {r.id: r for task in self.run.tasks for r in edit_records(task)}
-        records = {i: known[i] for ids in self.holdings().values() for i in ids}
         config, model = self.run.config, language_model(self.run.model)
-        return write_edits(directory, self, model, config.strategy, config.seed, records)
+        return write_edits(directory, self, model, config.strategy, config.seed, self._records())
+
+    def _records(self) -> dict[str, EditRecord]:
+        """The edits that the model holds, by id."""
+        known = {r.id: r for task in self.run.tasks for r in edit_records(task)}
+        return {i: known[i] for ids in self.holdings().values() for i in ids}
 
 
 def language_model(model: Model) -> CausalLM:

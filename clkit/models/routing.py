@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -115,6 +115,21 @@ class PromptRouter:
     def current(self) -> Pass:
         """The forward pass that is going on; what is set as its ``choice`` is kept for its sequences."""
         return getattr(self._local, "call", None) or Pass()
+
+    def decided(self, x: Tensor, decide: Callable[[Tensor | None], Sequence[Any]]) -> list[tuple[Any, int]]:
+        """What holds for each sequence of this pass, and from which of its tokens on: the prompt's last one.
+
+        Args:
+            x: (B, T, ...), what a layer reads.
+            decide: gives one choice per sequence from the mask of :meth:`prompt_mask`; called where nothing was decided
+                yet.
+        """
+        call = self.current()
+        if call.choice is None or len(call.choice) != len(x):
+            mask = self.prompt_mask(call, x)
+            ends = last_token(mask, x.shape[1], len(x)) + call.past
+            call.choice = list(zip(decide(mask), ends.tolist(), strict=True))
+        return [(choice, max(end - call.past, 0)) for choice, end in call.choice]
 
     def prompt_mask(self, call: Pass, x: Tensor) -> Tensor | None:
         """(B, T) bool, the tokens of ``x`` (B, T, ...) that belong to the prompt; None = all of them."""

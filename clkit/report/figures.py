@@ -107,19 +107,36 @@ def inline(figure: Any, label: str, prefix: str) -> str:
     text = text[text.index("<svg") :]
     text = re.sub(r"<!--.*?-->|<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     text = re.sub(r"\bfont: (?:(bold|\d+) )?([\d.]+)px [^;\"]+", _font, text)
+    text = re.sub(r"font-family: [^;\"]+;? ?", "", text)
     text = text.replace("xlink:href=", "href=")
     text = re.sub(r"\s+", " ", text).replace("> <", "><")
+    text = re.sub(r" transform=\"rotate\(-?0 [^\"]*\"", "", text)
     # Coordinates need no more digits; what is written in the figure keeps its own.
     text = re.sub(r"<[^>]+>", lambda tag: re.sub(r"(\d\.\d\d)\d+", r"\1", tag[0]), text)
     used = set(re.findall(r"#([\w-]+)[\")]", text))
     text = re.sub(r' id="([\w.-]+)"', lambda m: f' id="{prefix}-{m[1]}"' if m[1] in used else "", text)
     text = re.sub(r"(href=\"|url\()#([\w-]+)", rf"\1#{prefix}-\2", text)
+    text = _ungrouped(text)
     for colour, variable in _VARIABLES.items():
         text = text.replace(colour, f"var({variable})")
     label = label.replace("&", "&amp;").replace("<", "&lt;").replace('"', "&quot;")
     box = re.search(r'viewBox="[^"]+"', text)
     head = f'<svg {box[0] if box else ""} role="img" aria-label="{label}">'
     return head + text[text.index(">") + 1 :].strip()
+
+
+def _ungrouped(text: str) -> str:
+    """Without the ``<g>`` that say nothing: half of all elements that Matplotlib writes."""
+    kept: list[bool] = []
+
+    def tag(match: re.Match[str]) -> str:
+        if match[0] != "</g>":
+            kept.append(match[0] != "<g>")
+        else:
+            return match[0] if kept.pop() else ""
+        return match[0] if kept[-1] else ""
+
+    return re.sub(r"<g(?: [^>]*)?>|</g>", tag, text)
 
 
 def _font(match: re.Match[str]) -> str:

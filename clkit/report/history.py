@@ -28,6 +28,8 @@ class History:
         values: what the strategy logged.
         scores: the events of scoring, in order.
         costs: what each task's learning took.
+        edits: the edits, in order, as journal entries.
+        standing: after each task of edits, how all edits so far stand.
         training, scoring: seconds, pauses between two processes left out.
     """
 
@@ -37,6 +39,8 @@ class History:
     values: dict[str, Series] = field(default_factory=dict)
     scores: list[dict[str, Any]] = field(default_factory=list)
     costs: list[dict[str, Any]] = field(default_factory=list)
+    edits: list[dict[str, Any]] = field(default_factory=list)
+    standing: list[dict[str, Any]] = field(default_factory=list)
     training: float = 0.0
     scoring: float = 0.0
 
@@ -59,7 +63,7 @@ class History:
         kind, step = event["event"], event["total_steps"]
         if before is not None and kind not in ("start", "resume"):
             seconds = max(0.0, event["time"] - before)
-            if kind == "score":
+            if kind in ("score", "edits"):
                 self.scoring += seconds
             else:
                 self.training += seconds
@@ -77,6 +81,10 @@ class History:
             self.scores.append(event)
         elif kind == "cost":
             self.costs.append(event)
+        elif kind == "edit":
+            self.edits.append({**event, "number": len(self.edits) + 1, "kind": kind})
+        elif kind == "edits":
+            self.standing.append(event)
 
     def of_task(self, task: str, metric: str) -> Series:
         """A task's score along training, by its own metric and with the weights that serve."""

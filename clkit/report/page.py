@@ -183,7 +183,7 @@ def _run(entry: comparison.Entry, name: str, told: str, alone: bool) -> dict[str
     result, history = entry.result, entry.history
     directory = RunDirectory(result.run_dir) if result.run_dir is not None else None
     config = directory.path / "config.yaml" if directory is not None else None
-    edits = Edits.read(directory.path / "export") if directory is not None else None
+    edits = Edits.of_run(directory.path, history) if directory is not None else None
     drawings = plots.drawings(result, history, name)
     if edits is not None:
         drawings += edits.drawings(name)

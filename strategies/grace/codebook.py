@@ -107,9 +107,12 @@ class Codebook(KeptTypes):
         self.register_buffer("values", values)
         self.register_buffer("radii", radii)
 
-    def find(self, activations: Tensor) -> list[int]:
-        """The entry that answers each row of ``activations`` (B, in); -1 for none."""
-        gaps = distances(unit(activations), self.keys)
+    def gaps(self, activations: Tensor) -> Tensor:
+        """(B, N) distances of ``activations`` (B, in) to the keys."""
+        return distances(unit(activations), self.keys)
+
+    def find(self, gaps: Tensor) -> list[int]:
+        """The entry that answers each row of :meth:`gaps`; -1 for none."""
         place = nearest(gaps)
         within = gaps.gather(1, place[:, None])[:, 0] <= self.radii[place]
         return torch.where(within, place, -1).tolist()

@@ -18,7 +18,7 @@ from clkit.editing.strategy import EditOutcome, Explanation
 from clkit.models.causal_lm import CausalLM
 from clkit.models.routing import PromptRouter, at_last_token, last_token
 from clkit.modes import evaluating
-from clkit.strategies.grace.codebook import Codebook, Entry, admit, distances, nearest, unit
+from clkit.strategies.grace.codebook import Codebook, Entry, admit, unit
 from clkit.tasks.base import EditRecord
 
 _PLACE = "codebook"
@@ -46,6 +46,7 @@ class Grace(LayerEdits):
         """Watch the projection."""
         super().attach(model, seed)
         self.entries: list[Entry] = []
+        self._gaps: Tensor | None = None  # (B, N) of the newest pass in which something was decided
         self.router = PromptRouter()
         self.router.install(self.location.lm, self.location.decoder)
         self._hook = self.location.projection.register_forward_hook(self._replace)
@@ -130,6 +131,7 @@ class Grace(LayerEdits):
     def _put(self, entries: Sequence[Entry]) -> None:
         """Make ``entries`` the codebook: buffers below the projection, which move with the model."""
         self.entries = list(entries)
+        self._gaps = None
         self.location.projection._modules.pop(_PLACE, None)
         values = [e.value for e in entries if e.value is not None]
         if entries:
@@ -137,22 +139,31 @@ class Grace(LayerEdits):
             book = Codebook(torch.stack([e.key for e in entries]), torch.stack(values), radii)
             self.location.projection.add_module(_PLACE, book.to(self.location.device))
 
+    @property
+    def _book(self) -> Codebook | None:
+        """The codebook on the projection; None while there is no edit."""
+        found = self.location.projection._modules.get(_PLACE)
+        return found if isinstance(found, Codebook) else None
+
     def _replace(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         """From the last token of the prompt on, the value of the entry that answers."""
-        book = module._modules.get(_PLACE)
-        if not isinstance(book, Codebook) or self.router.off:
+        book = self._book
+        if book is None or self.router.off:
             return output
-        x, call = args[0], self.router.current()
-        if call.choice is None or len(call.choice) != len(x):
-            mask = self.router.prompt_mask(call, x)
-            last = last_token(mask, x.shape[1], len(x)) + call.past
-            call.choice = list(zip(book.find(at_last_token(x, mask)[:, 0]), last.tolist(), strict=True))
-        if all(k < 0 for k, _ in call.choice):
+        x = args[0]
+
+        def decide(mask: Tensor | None) -> list[int]:
+            self._gaps = book.gaps(at_last_token(x, mask)[:, 0])
+            found: list[int] = book.find(self._gaps)
+            return found
+
+        decided = self.router.decided(x, decide)
+        if all(k < 0 for k, _ in decided):
             return output
         result = output.clone()
-        for row, (k, last) in enumerate(call.choice):
+        for row, (k, start) in enumerate(decided):
             if k >= 0:
-                result[row, max(last - call.past, 0) :] = book.values[k].to(output.dtype)
+                result[row, start:] = book.values[k].to(output.dtype)
         return result
 
     def holdings(self) -> dict[str, list[str]]:
@@ -161,14 +172,24 @@ class Grace(LayerEdits):
 
     def explain(self, prompt: str) -> Explanation:
         """Which entry answers; scores are distances and thresholds radii, both negative so that more is nearer."""
-        if not self.entries:
+        book = self._book
+        if book is None:
             return Explanation(None, {}, {})
-        gaps = distances(unit(self.reading(prompt))[None], torch.stack([e.key for e in self.entries]))
-        chosen = self.entries[int(nearest(gaps))]
+        (why,) = self._reasons(book, book.gaps(self.reading(prompt)[None]))
+        return replace(why, nearest=self.nearest(prompt))
+
+    def decisions(self) -> list[Explanation]:
+        """Which entry answered each sequence of the newest pass, as in :meth:`explain`."""
+        book = self._book
+        return [] if book is None or self._gaps is None else self._reasons(book, self._gaps)
+
+    def _reasons(self, book: Codebook, gaps: Tensor) -> list[Explanation]:
         names = [e.name for e in self.entries]
-        scores = {name: -gap for name, gap in zip(names, gaps[0].tolist(), strict=True)}
-        memory = chosen.name if -scores[chosen.name] <= chosen.radius else None
-        return Explanation(memory, scores, {e.name: -e.radius for e in self.entries}, self.nearest(prompt))
+        radii = {e.name: -e.radius for e in self.entries}
+        return [
+            Explanation(None if k < 0 else names[k], {n: -gap for n, gap in zip(names, row, strict=True)}, radii)
+            for k, row in zip(book.find(gaps), gaps.tolist(), strict=True)
+        ]
 
     # --- state ------------------------------------------------------------------------------------------------------
     def memory_state(self) -> dict[str, Any]:

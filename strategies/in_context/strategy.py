@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -45,6 +45,7 @@ class InContext(LayerEdits):
         """Watch the decoder."""
         super().attach(model, seed)
         self.targets: dict[str, str] = {}
+        self._newest: Tensor | None = None  # (B, N) similarities of the newest pass in which something was decided
         self.router = PromptRouter()
         decoder = self.location.decoder
         self.router.install(self.location.lm, decoder)
@@ -75,6 +76,7 @@ class InContext(LayerEdits):
         """
         self.reading(record.prompt)
         self.edits[record.id], self.targets[record.id] = record.prompt, record.target_new
+        self._newest = None
         return EditOutcome(_name(record.id), 0, {})
 
     def forget(self, ids: Sequence[str], records: Mapping[str, EditRecord]) -> list[str]:
@@ -82,6 +84,7 @@ class InContext(LayerEdits):
         for i in ids:
             self.edits.pop(i, None)
             self.targets.pop(i, None)
+        self._newest = None
         return []
 
     def holdings(self) -> dict[str, list[str]]:
@@ -92,11 +95,21 @@ class InContext(LayerEdits):
         """Which edit is told to the model, and how similar each one is."""
         if not self.edits:
             return Explanation(None, {}, {})
-        alike = self._alike(self.reading(prompt)[None])[0].tolist()
-        scores = {_name(i): value for i, value in zip(self.edits, alike, strict=True)}
-        best = max(scores, key=lambda name: scores[name])
-        chosen = best if scores[best] >= self.config.similarity else None
-        return Explanation(chosen, scores, dict.fromkeys(scores, self.config.similarity), self.nearest(prompt))
+        (why,) = self._reasons(self._alike(self.reading(prompt)[None]))
+        return replace(why, nearest=self.nearest(prompt))
+
+    def decisions(self) -> list[Explanation]:
+        """Which edit was told in each sequence of the newest pass, as in :meth:`explain`."""
+        return [] if self._newest is None else self._reasons(self._newest)
+
+    def _reasons(self, alike: Tensor) -> list[Explanation]:
+        names, limit = [_name(i) for i in self.edits], self.config.similarity
+        found = []
+        for row in alike.tolist():
+            best = max(range(len(row)), key=row.__getitem__)
+            chosen = names[best] if row[best] >= limit else None
+            found.append(Explanation(chosen, dict(zip(names, row, strict=True)), dict.fromkeys(names, limit)))
+        return found
 
     def _alike(self, readings: Tensor) -> Tensor:
         """(B, N) cosine similarity of activations (B, in) with the edits' prompts."""
@@ -143,7 +156,8 @@ class InContext(LayerEdits):
         prompt = torch.ones_like(ids) if prompt is None else prompt.long()
         with self.unedited():
             x, _ = self.reader.activations(ids, prompt)
-        best = self._alike(at_last_token(x, prompt)[:, 0]).max(dim=1)
+        self._newest = self._alike(at_last_token(x, prompt)[:, 0])
+        best = self._newest.max(dim=1)
         opening, names = self.model.form.opening, list(self.edits)
         rows = []
         for row, mask, score, k in zip(ids.tolist(), prompt.tolist(), *map(Tensor.tolist, best), strict=True):

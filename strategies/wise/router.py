@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from clkit.errors import RequestError, did_you_mean
-from clkit.models.routing import PromptRouter, at_last_token, last_token
+from clkit.models.routing import PromptRouter, at_last_token
 
 if TYPE_CHECKING:
     from clkit.strategies.wise.likeness import Gate
@@ -124,9 +124,8 @@ class Router(PromptRouter):
             base: (B, T, out) what it gives.
             memories: to choose from.
         """
-        call = self.current()
-        if call.choice is None or len(call.choice) != len(x):
-            mask = self.prompt_mask(call, x)
+
+        def decide(mask: Tensor | None) -> list[int]:
             read, output = self.read(x, mask), self.read(base, mask)
             sizes = [change_sizes(memory(read), output, self.activation) for memory in memories]
             scores = torch.stack([self.statistic(size) for size in sizes]).T
@@ -136,8 +135,6 @@ class Router(PromptRouter):
                 alike = self.gate(read[:, 0], [m.edits for m in memories])
                 fit = scores.where(alike >= self.gate.limit, -math.inf)
             chosen = choose(fit, limits)
-            ends = call.past + last_token(mask, x.shape[1], len(x))
-            call.choice = list(zip(chosen, ends.tolist(), strict=True))
             names = [m.name for m in memories]
             near = [{} for _ in x] if alike is None else [dict(zip(names, row, strict=True)) for row in alike.tolist()]
             self.last = [
@@ -149,11 +146,11 @@ class Router(PromptRouter):
                 )
                 for k, row, own in zip(chosen, scores.tolist(), near, strict=True)
             ]
+            return chosen
+
+        decided = self.decided(x, decide)
         forced = None if self._forced is None else self._index(self._forced[0], memories)
-        return [
-            Answer(k if forced is None else forced, max(end - call.past, 0) if self.answer_only else 0)
-            for k, end in call.choice
-        ]
+        return [Answer(k if forced is None else forced, start if self.answer_only else 0) for k, start in decided]
 
     def read(self, values: Tensor, mask: Tensor | None) -> Tensor:
         """(B, P, d) the positions of ``values`` (B, T, d) that are scored: the last one of the prompt.

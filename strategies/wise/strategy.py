@@ -14,6 +14,7 @@ from clkit.errors import Problem
 from clkit.models.causal_lm import CausalLM
 from clkit.strategies.wise.config import WISEConfig, problems
 from clkit.strategies.wise.core import Wise
+from clkit.strategies.wise.router import Decision
 from clkit.tasks.base import EditRecord
 
 _NEAREST = 5
@@ -82,14 +83,14 @@ class WISE(EditStrategy):
             alike = torch.cosine_similarity(others, mine[None])
         order = alike.argsort(descending=True)[:_NEAREST].tolist()
         nearest = [(known[i], float(alike[i])) for i in order]
-        return Explanation(decision.memory, decision.scores, decision.thresholds, nearest, decision.likeness)
+        return self._explained(decision, nearest)
 
     def decisions(self) -> list[Explanation]:
         """What the router decided on each sequence; empty without a memory."""
-        router = self.wise.router
-        if not len(self.wise.layer):
-            return []
-        return [Explanation(d.memory, d.scores, d.thresholds, likeness=d.likeness) for d in router.last]
+        return [self._explained(d) for d in self.wise.router.last] if len(self.wise.layer) else []
+
+    def _explained(self, d: Decision, nearest: Sequence[tuple[str, float]] = ()) -> Explanation:
+        return Explanation(d.memory, d.scores, d.thresholds, nearest, d.likeness, self.wise.gate.limit)
 
     def unedited(self) -> AbstractContextManager[None]:
         """Within, nothing is scored and nothing is added."""

@@ -96,3 +96,38 @@ def test_option_tables_are_those_of_the_dataclass(site):
     assert "<!-- options" not in page
     for field in dataclasses.fields(STRATEGIES.get("ewc").config_class):
         assert field.name == "replay" or f"<code>{field.name}</code>" in page, field.name
+
+
+# What a strategy's page says, and how it may say it.
+PARTS = {
+    "equations with the function that computes each": r"[Cc]omputed by|`\w+\.\w+`|^## Equations",
+    "defaults": r"[Dd]efaults|<!-- options|^## Options|strategy.replay|Avalanche's",
+    "what differs": r"[Dd]iffers",
+    "evidence": r"Evidence",
+    "when not to use it": r"[Nn]ot (for|when|where|without|until|`)|not to use it|not for \|",
+}
+PAGES = ROOT / "docs" / "strategies"
+PLAIN = {"naive", "joint", "cumulative", "replay"}  # nothing was published for them to differ from
+
+
+def about(name):
+    """Its page and README; or its section of a page on several, with what stands above the sections."""
+    readme = ROOT / "strategies" / name / "README.md"
+    if (PAGES / f"{name}.md").is_file():
+        return (PAGES / f"{name}.md").read_text() + readme.read_text()
+    for page in sorted(PAGES.glob("*.md")):
+        head, *sections = re.split(r"^(?=## )", page.read_text(), flags=re.M)
+        for section in sections:
+            if re.search(rf"\b{name}\b", section.split("\n")[0], flags=re.I):
+                return head + section
+        if re.search(rf"^\|.*`{name}`", page.read_text(), flags=re.M):
+            further = ROOT / "strategies" / page.stem / "README.md"
+            return page.read_text() + (further.read_text() if further.is_file() else "")
+    return ""
+
+
+@pytest.mark.parametrize("name", sorted(STRATEGIES.names()))
+def test_the_page_of_a_strategy_lacks_no_part(name):
+    text = about(name)
+    lacking = [p for p, form in PARTS.items() if not re.search(form, text, flags=re.M)]
+    assert not [p for p in lacking if not (name in PLAIN and p == "what differs")], name

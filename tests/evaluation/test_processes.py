@@ -14,7 +14,8 @@ WORKER = """
 import json, sys
 sys.path.insert(0, sys.argv[1])
 import torch, torch.distributed as dist
-from tiny_lm import byte_tokenizer, text_task, tiny_module
+from byte_level import byte_tokenizer
+from tiny_lm import text_task, tiny_module
 from clkit.config import EvalConfig
 from clkit.engine.group import TorchGroup, local_group
 from clkit.evaluation.base import evaluate

@@ -5,7 +5,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny_lm import byte_tokenizer, text_task, tiny_module
+from byte_level import byte_tokenizer
+from tiny_lm import text_task, tiny_module
 
 from clkit.config import EvalConfig
 from clkit.errors import CapabilityError, DataError

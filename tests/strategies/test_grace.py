@@ -71,7 +71,7 @@ def test_the_newest_of_two_equal_keys_answers():
     entries = book((0, "a"), (0, "b"))
     assert [e.radius for e in entries] == [LEAST_RADIUS] * 2
     made = Codebook(torch.stack([e.key for e in entries]), torch.zeros(2, 2), torch.tensor([LEAST_RADIUS] * 2))
-    assert made.find(torch.stack([3 * at(0), at(1)])) == [1, -1]
+    assert made.find(made.gaps(torch.stack([3 * at(0), at(1)]))) == [1, -1]
 
 
 def test_distances_are_exact_at_zero():

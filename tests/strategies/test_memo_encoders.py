@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from byte_level import byte_tokenizer
 
 from clkit import build, resolve
 from clkit.config import ModelConfig
@@ -33,17 +34,13 @@ def test_a_text_encoder_is_cut_between_its_layers(tmp_path):
 
 
 def tiny_bert(tmp_path):
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+    from transformers import BertConfig, BertModel
 
-    raw = Tokenizer(models.BPE())
-    raw.pre_tokenizer = pre_tokenizers.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    raw.train_from_iterator([], trainers.BpeTrainer(special_tokens=["[PAD]"], initial_alphabet=alphabet))
-    PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="[PAD]").save_pretrained(tmp_path / "bert")
+    tokenizer = byte_tokenizer()
+    tokenizer.save_pretrained(tmp_path / "bert")
     torch.manual_seed(0)
     config = BertConfig(
-        vocab_size=raw.get_vocab_size(),
+        vocab_size=len(tokenizer),
         hidden_size=16,
         intermediate_size=16,
         num_hidden_layers=2,

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from byte_level import byte_tokenizer
 
 from clkit.models.causal_lm import CausalLM
 from clkit.strategies.wise.config import WISEConfig
@@ -40,19 +41,6 @@ def tiny(model_type: str = "llama", **config) -> CausalLM:
             one = parameter.dim() == 1 and "gemma" not in model_type  # scales about 1, which Gemma adds itself
             torch.nn.init.normal_(parameter, mean=float(one), std=0.2)
     return CausalLM(model_type, module.eval(), byte_tokenizer(), prompt="plain", max_length=200)
-
-
-def byte_tokenizer():
-    """Every byte is a token; 0 pads, 1 ends."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: i for i, token in enumerate(["<pad>", "<eos>", *alphabet])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
 
 
 def quick(**options) -> WISEConfig:
