@@ -130,8 +130,8 @@ def _routing_drawing(name: str, routes: dict[str, list[dict[str, Any]]]) -> Draw
         "Distance to the key that comes nearest to answering, over its radius. Left of the line the key answers, right "
         f"of it the unedited model: {there}"
         if near
-        else "Score of the memory that comes nearest to answering, over its threshold, or where that is less its likeness "
-        f"over the least. Right of the line the memory answers, left of it the unedited model: {there}"
+        else "Score of the memory that comes nearest to answering, over its threshold, or, where that is less, its "
+        f"likeness over the least. Right of the line the memory answers, left of it the unedited model: {there}"
     )
     return Drawing(name, "Routing of queries", caption, lambda axes: _routing(axes, routes, near))
 
