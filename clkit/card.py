@@ -46,7 +46,14 @@ def card(result: RunResult, config: RunConfig, snippet: str, base: str | None = 
         lines += ["", "Scored, never trained on: " + ", ".join(f"`{t}`" for t in result.holdout) + "."]
     if len(seen) < len(result.tasks) and seen != result.tasks[-1:]:
         lines += ["", f"**Not finished**: {len(seen)} of {len(result.tasks)} tasks are learned and scored."]
-    lines += ["", "## How to load it", "", "```python", snippet.strip(), "```", "", "## Scores", ""]
+    lines += ["", "## How to load it", "", "```python", snippet.strip(), "```", ""]
+    if "AutoTokenizer" in snippet:
+        plain = config.model.prompt == "plain"
+        shown = (
+            "as they are, without a chat template" if plain else "through the tokenizer's chat template, if it has one"
+        )
+        lines += [f"It learned from prompts shown {shown}: ask it in the same way.", ""]
+    lines += ["## Scores", ""]
     lines += [*_matrix(result), "", *_metrics(result)]
     lines += ["", "## Limits", "", *(f"- {line}" for line in _LIMITS), ""]
     return "\n".join(lines)

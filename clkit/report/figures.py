@@ -24,6 +24,8 @@ _STYLE: Any = {
     "axes.titlesize": 10,
     "axes.titleweight": "bold",
     "axes.titlelocation": "left",
+    "figure.titlesize": 10,
+    "figure.titleweight": "bold",
     "axes.labelcolor": MUTED,
     "axes.edgecolor": MUTED,
     "axes.linewidth": 0.6,
@@ -74,7 +76,8 @@ class Drawing:
             made = Figure(figsize=(self.size[0] / 72, self.size[1] / 72), layout="constrained")
             axes = made.subplots()
             self.draw(axes)
-            axes.set_title(self.title)
+            # Above the whole figure: a title above the axes has no room to the right of long labels.
+            made.suptitle(self.title, x=0.01, ha="left")
         return made
 
     def svg(self, prefix: str) -> str:
@@ -162,6 +165,13 @@ def axis(axes: Any, x: str, y: str) -> None:
 
 
 def shortened(names: Sequence[str], length: int = 14) -> list[str]:
-    """Names short enough for a tick, still different from each other."""
+    """Names short enough for a tick, still different from each other: what is cut is their end, else their middle.
+
+    >>> shortened(["naive learning_rate=0.002", "naive learning_rate=0.003", "replay with herding"], 14)
+    ['naive …e=0.002', 'naive …e=0.003', 'replay with h…']
+    """
+    half = (length - 1) // 2
     cut = [name if len(name) <= length else name[: length - 1] + "…" for name in names]
-    return [c if cut.count(c) == 1 else f"{i + 1} {c}"[:length] for i, c in enumerate(cut)]
+    middle = [name if len(name) <= length else f"{name[:half]}…{name[half + 1 - length :]}" for name in names]
+    found = [c if cut.count(c) == 1 else m for c, m in zip(cut, middle, strict=True)]
+    return [c if found.count(c) == 1 else f"{i + 1} {c}"[:length] for i, c in enumerate(found)]
