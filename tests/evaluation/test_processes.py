@@ -17,6 +17,7 @@ import torch, torch.distributed as dist
 from tiny_lm import byte_tokenizer, text_task, tiny_module
 from clkit.config import EvalConfig
 from clkit.engine.group import TorchGroup, local_group
+from clkit.engine.launch import end
 from clkit.evaluation.base import evaluate
 from clkit.models.causal_lm import CausalLM
 
@@ -37,8 +38,7 @@ for metric in ("option-loglik", "perplexity", "exact-match", "rouge-l"):
 one = text_task("perplexity", 1)  # fewer batches than processes
 found["one"] = evaluate(lm, one, lm.encode(one.eval), metric="perplexity", group=group).value.hex()
 print("FOUND" + json.dumps(found))
-if not alone:
-    dist.destroy_process_group()
+end(0)
 """
 
 
