@@ -145,7 +145,8 @@ def test_a_run_above_the_memory_limit_fails_and_the_others_go_on(write, sweep_co
     }
     assert main(["sweep", write(sweep_content)]) == 3
     err = capsys.readouterr().err
-    assert err.count("needs more than the 2 GiB of sweep.launcher.memory_gib") == 1 and "1 runs failed" in err
+    why = "failed: needs more than the 2 GiB of sweep.launcher.memory_gib"
+    assert f"[2/3] hidden=12000000 seed 0: {why}" in err and "1 runs failed" in err
     assert len(results(tmp_path / "sweep")) == 2
 
 
