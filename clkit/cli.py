@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from clkit.editing.cli import add_edit_command
-from clkit.errors import CapabilityError, ClkitError, ConfigError
+from clkit.errors import ClkitError, ConfigError
 from clkit.report.command import add_report_command
 from clkit.sweep.command import add_sweep_command
 
@@ -73,7 +73,7 @@ def _parser() -> argparse.ArgumentParser:
         type=int,
         default=1,
         metavar="N",
-        help="processes on this machine (engine=deepspeed)",
+        help="processes on this machine (engine=deepspeed or private)",
     )
     run.add_argument("--quiet", action="store_true", help="print nothing but errors and the result")
 
@@ -242,9 +242,8 @@ def _launched(arguments: Any, configs: Sequence[Any]) -> bool:
 
     Raises:
         ConfigError: the number is wrong, or the engine is one for a single process.
-        CapabilityError: the engine is the private one, which DeepSpeed can't stand in for.
     """
-    from clkit.engine import launch
+    from clkit.engine import ENGINES, launch
 
     count = arguments.num_processes
     if count < 1:
@@ -253,13 +252,11 @@ def _launched(arguments: Any, configs: Sequence[Any]) -> bool:
         launch.quiet()
         if count not in (1, launch.world()):
             raise ConfigError(f"--num-processes: got {count}, but the launcher started {launch.world()}; drop one")
-    alone = [c.name for c in configs if c.engine.name != "deepspeed"]
+    alone = [c.name for c in configs if not ENGINES.get(c.engine.name).several]
     if alone and max(count, launch.world()) > 1:
-        if any(c.engine.name == "private" for c in configs):
-            raise CapabilityError(
-                "engine=private is a single process: DeepSpeed adds gradients up before each example's could be clipped"
-            )
-        raise ConfigError(f"run '{alone[0]}': its engine is a single process; set engine=deepspeed for several")
+        raise ConfigError(
+            f"run '{alone[0]}': its engine is a single process; set engine=deepspeed (or private) for several"
+        )
     if count == 1 or launch.running():
         return False
     flags = [name for name, on in (("--fresh", arguments.fresh), ("--quiet", arguments.quiet)) if on]
@@ -363,4 +360,6 @@ def _unlearn(arguments: Any) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from clkit.engine.launch import end
+
+    end(main())

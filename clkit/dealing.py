@@ -28,7 +28,8 @@ def dealt(
     All processes get equally many. One that would have nothing to do repeats the first part with a share of 0.
     """
     rank, world = engine.group.rank, engine.group.world
-    parts = engine.parts(batch, train.micro_batch) if world == 1 else split_batch(batch, train.micro_batch, world)
+    rows = engine.rows(batch, train.micro_batch)
+    parts = [_part(batch, some) for some in rows]
     given: list[Share] = shares(parts, strategy, engine) if max(world, len(parts)) > 1 else [{}]
     if world == 1:
         parts = [augmented(part.to(engine.device), train.augment, streams) for part in parts]
@@ -36,8 +37,8 @@ def dealt(
     if train.augment != "none":
         # Drawn for the batch in its own order, so that the number of processes makes no difference.
         whole = augmented(batch, train.augment, streams)
-        for part, rows in zip(parts, _cut(batch, train.micro_batch, world), strict=True):
-            part.inputs = {name: value[rows] for name, value in whole.inputs.items()}
+        for part, some in zip(parts, rows, strict=True):
+            part.inputs = {name: value[some] for name, value in whole.inputs.items()}
     pairs = [*zip(parts, given, strict=True), *[(parts[0], dict.fromkeys(given[0], 0.0))] * (-len(parts) % world)]
     return [(part.to(engine.device), share) for part, share in pairs[rank::world]]
 
@@ -71,11 +72,7 @@ def cut(count: int, replayed: Tensor | None, size: int, processes: int) -> list[
 
 def split_batch(batch: Batch, size: int, processes: int = 1) -> list[Batch]:
     """The parts of a batch as :func:`cut` says."""
-    return [_part(batch, rows) for rows in _cut(batch, size, processes)]
-
-
-def _cut(batch: Batch, size: int, processes: int) -> list[Tensor]:
-    return cut(len(batch), batch.replayed, size, processes)
+    return [_part(batch, rows) for rows in cut(len(batch), batch.replayed, size, processes)]
 
 
 def _part(batch: Batch, rows: Tensor) -> Batch:

@@ -10,11 +10,12 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from clkit.checkpoint import tensor_dict
 from clkit.config import EngineConfig, RunConfig, TrainConfig
-from clkit.dealing import split_batch
+from clkit.dealing import cut
 from clkit.engine.group import Group
 from clkit.errors import ClkitError
 from clkit.models.base import Model
@@ -32,9 +33,11 @@ class Engine(ABC):
     Attributes:
         group: the processes of this run.
         device: where the module lives.
+        several: whether a run may have several processes.
     """
 
     config_class: ClassVar[type] = EngineConfig
+    several: ClassVar[bool] = False
     group: Group
     device: torch.device
 
@@ -98,9 +101,12 @@ class Engine(ABC):
         """The batches of the current stage from the current position on, one per optimiser step."""
         return strategy.step_loader()
 
-    def parts(self, batch: Batch, size: int) -> list[Batch]:
-        """The batch in the pieces that go through the module together; ``size`` is the most rows, 0 = all at once."""
-        return split_batch(batch, size)
+    def rows(self, batch: Batch, size: int) -> list[Tensor]:
+        """The rows of the pieces that go through the module together; ``size`` is the most, 0 = all at once.
+
+        The processes take the pieces in turn.
+        """
+        return cut(len(batch), batch.replayed, size, self.group.world)
 
     def losses(self, strategy: Strategy, part: Batch) -> dict[str, Tensor]:
         """The loss terms of a piece, by name."""
@@ -167,7 +173,11 @@ class Engine(ABC):
 
     def any(self, flag: bool) -> bool:
         """Whether ``flag`` holds on some process; every process must call this."""
-        return flag
+        if self.group.world == 1:
+            return flag
+        found = torch.tensor(int(flag), device=self.device)
+        dist.all_reduce(found, op=dist.ReduceOp.MAX)
+        return bool(found)
 
     def total(self, terms: Mapping[str, float]) -> dict[str, float]:
         """Each term's sum over the processes; every process must call this."""

@@ -37,12 +37,12 @@ class DeepSpeedEngine(LocalEngine):
     """One process or many. Every process runs the same program on the same data order; see docs/scaling.md."""
 
     config_class: ClassVar[type] = DeepSpeedConfig
+    several = True
     config: DeepSpeedConfig
 
     def __init__(self, config: DeepSpeedConfig) -> None:
         super().__init__(config)
-        if self.device.type == "cuda" and self.device.index is None:
-            self.device = torch.device("cuda", launch.local_rank())
+        self.device = launch.own(self.device)
         if self.device.type == "cpu":
             os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else it takes a GPU that the user did not want
         self.group = launch.join(self.device)
@@ -330,14 +330,6 @@ class DeepSpeedEngine(LocalEngine):
             return {k: v.to("cpu", copy=True) for k, v in tensor_dict(module, names).items()}
 
     # --- processes --------------------------------------------------------------------------------------------------
-    def any(self, flag: bool) -> bool:
-        """See the contract."""
-        if self.group.world == 1:
-            return flag
-        found = torch.tensor(int(flag), device=self.device)
-        dist.all_reduce(found, op=dist.ReduceOp.MAX)
-        return bool(found)
-
     def state_dict(self) -> dict[str, Any]:
         """As the local engine's, whatever the stage and the number of processes."""
         optimizer = {i: m for i, p in enumerate(self._parameters) if (m := self._moments_of(p))}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import signal
@@ -12,7 +13,7 @@ import uuid
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from clkit.errors import ClkitError, ProcessError
 
@@ -39,6 +40,13 @@ def running() -> bool:
     return "RANK" in os.environ
 
 
+def own(device: Any) -> Any:
+    """The device of this process, where a user named only its kind."""
+    import torch
+
+    return torch.device("cuda", local_rank()) if device.type == "cuda" and device.index is None else device
+
+
 def join(device: Any, minutes: int = 30) -> Any:
     """Meet the other processes; returns their group. A process that was started by itself is a group of one."""
     import torch
@@ -62,7 +70,26 @@ def join(device: Any, minutes: int = 30) -> Any:
 def quiet() -> None:
     """Under :func:`start`, leave an unexpected error to the process that started this one instead of printing it."""
     if os.environ.get(_LAUNCHED):
-        sys.excepthook = lambda kind, error, trace: _leave("".join(traceback.format_exception(kind, error, trace)))
+        sys.excepthook = _last_words
+
+
+def _last_words(*error: Any) -> NoReturn:
+    _leave("".join(traceback.format_exception(*error)))
+    end(1)
+
+
+def end(code: int) -> NoReturn:
+    """Exit with ``code``; one of several processes without taking Python down.
+
+    DeepSpeed and torch keep their groups, and so gloo's threads, as long as the process lives. A thread that frees a
+    tensor when Python has gone would end a finished run with SIGABRT.
+    """
+    if not running():
+        sys.exit(code)
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def report(error: ClkitError) -> None:

@@ -28,16 +28,18 @@ UnitName = Literal["record", "subject"]
 class Draws:
     """Random numbers for sampling and noise.
 
-    They come from a PCG64DXSM generator with 128 bits of the operating system's entropy, which is kept nowhere: a
+    They come from PCG64DXSM generators, each with 128 bits of the operating system's entropy, which is kept nowhere: a
     resumed run draws new ones. (A CPU generator of torch would use 32 bits of its seed, few enough to try them all.)
-    Noise on a GPU is drawn there, from a 63-bit seed taken from that generator.
+    Noise on a GPU is drawn there, from a 63-bit seed taken from its generator.
 
     Args:
         test_seed: makes every draw repeatable, and so voids the guarantee; None = secret.
+        shared: the 128 bits of sampling, the same on every process of a run; None = this process has its own.
     """
 
-    def __init__(self, test_seed: int | None = None) -> None:
+    def __init__(self, test_seed: int | None = None, shared: int | None = None) -> None:
         self._test_seed = test_seed
+        self._chance = np.random.Generator(np.random.PCG64DXSM(shared))
         self._numbers = np.random.Generator(np.random.PCG64DXSM())
         self._on_device: torch.Generator | None = None
         self.begin(0, 0)
@@ -45,12 +47,13 @@ class Draws:
     def begin(self, stage: int, step: int) -> None:
         """A step begins; with a test seed its draws are a function of seed, stage and step."""
         if self._test_seed is not None:
-            self._numbers = np.random.Generator(np.random.PCG64DXSM(derive_seed(self._test_seed, stage, step)))
+            seed = derive_seed(self._test_seed, stage, step)
+            self._chance = self._numbers = np.random.Generator(np.random.PCG64DXSM(seed))
             self._on_device = None
 
     def chosen(self, count: int, rate: float) -> Tensor:
         """(count,) bool, each True with probability ``rate``, independently."""
-        return torch.from_numpy(self._numbers.random(count) < rate)
+        return torch.from_numpy(self._chance.random(count) < rate)
 
     def noise(self, like: Tensor, std: float) -> Tensor:
         """Gaussian noise of a tensor's shape, type and device."""

@@ -1,24 +1,30 @@
-"""The private engine: DP-SGD and DP-Adam(W) on Opacus, for one process.
+"""The private engine: DP-SGD and DP-Adam(W) on Opacus, on one process or several.
 
 Every step draws units (records or subjects) by Poisson sampling, clips the gradient of each unit's own loss to
 ``train.clip``, adds Gaussian noise of ``noise_multiplier * clip`` to their sum, divides by the expected number of
 records, and gives that to the optimiser. An empty batch is a step like any other. What is private is the trained
 weights; losses and scores in the run's directory are not.
+
+Every process has the whole model. All draw the same batch, from a secret of the first; each clips and adds up its share
+of the units; the first adds the noise, once, to its sum; then the sums are added up over the processes.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import secrets
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from clkit.config import EngineConfig, TrainConfig, opt
-from clkit.dealing import split_batch
+from clkit.engine import launch
 from clkit.engine.accounting import Noisy, sigma_for
 from clkit.engine.clipping import Clipper, choose_way
 from clkit.engine.guarantee import FILE, NO_NOISE, VOID, Spent, epsilon_now, plan, rate_of
@@ -55,14 +61,20 @@ class PrivateConfig(EngineConfig):
 
 
 class PrivateEngine(LocalEngine):
-    """One process, differentially private."""
+    """Differentially private, on one process or several."""
 
     config_class = PrivateConfig
+    several = True
     config: PrivateConfig
 
     def __init__(self, config: PrivateConfig) -> None:
         super().__init__(config)
-        self._draws = Draws(config.test_seed)
+        shared = None
+        if launch.running():
+            self.device = launch.own(self.device)
+            self.group = launch.join(self.device)
+            (shared, *_) = self.group.all_gather(secrets.randbits(128) if self.is_main else None)
+        self._draws = Draws(config.test_seed, shared)
         self._spent = Spent()
         self._module: nn.Module | None = None
         self._clipper: Clipper | None = None
@@ -232,17 +244,35 @@ class PrivateEngine(LocalEngine):
             by_length=train.group_by_length and train.micro_batch > 0,
         )
 
-    def parts(self, batch: Batch, size: int) -> list[Batch]:
-        """Micro-batches; in a loop the rows of one unit each."""
+    def rows(self, batch: Batch, size: int) -> list[Tensor]:
+        """Micro-batches; in a loop the rows of one unit each.
+
+        Processes are dealt units, so that all records of a subject are clipped as one. All get equally many pieces, of
+        which some may be empty.
+        """
+        world = self.group.world
         if self._clipper is None or self._units is None:
-            return split_batch(batch, size)
+            return super().rows(batch, size)
         units = self._units.of[batch.indices].tolist()
-        self._clipper.expect(units)
-        if self._clipper.way != "loop" or not units:
-            return split_batch(batch, size)
-        starts = [i for i, u in enumerate(units) if i == 0 or u != units[i - 1]]
-        pieces = zip(starts, [*starts[1:], len(units)], strict=True)
-        return [part for a, b in pieces for part in split_batch(batch.source.batch(batch.indices[a:b]), size)]
+        holder = {unit: i % world for i, unit in enumerate(dict.fromkeys(units))}
+        held: list[list[int]] = [[] for _ in range(world)]
+        for row, unit in enumerate(units):
+            held[holder[unit]].append(row)
+        self._clipper.expect([units[row] for row in held[self.group.rank]])
+        pieces = [self._pieces(rows, units, size) for rows in held]
+        most = max(map(len, pieces))
+        return [torch.tensor(own[i] if i < len(own) else [], dtype=torch.long) for i in range(most) for own in pieces]
+
+    def _pieces(self, rows: list[int], units: list[int], size: int) -> list[list[int]]:
+        """The rows of one process in pieces of at most ``size`` (0 = no limit), and one without rows if it has none."""
+        runs = [rows]
+        if self._clipper is not None and self._clipper.way == "loop" and rows:
+            runs = [list(run) for _, run in itertools.groupby(rows, key=units.__getitem__)]
+        return [
+            run[at : at + (size or len(run))]
+            for run in runs
+            for at in range(0, max(1, len(run)), size or len(run) or 1)
+        ]
 
     def losses(self, strategy: Strategy, part: Batch) -> dict[str, Tensor]:
         """Each example's own loss is kept for :meth:`backward`; what is shown is their mean, 0 of none."""
@@ -271,9 +301,13 @@ class PrivateEngine(LocalEngine):
         sigma, clip = self._facts["noise_multiplier"], self._facts["clip"]
         self._spent.step(sigma, self._rate)
         for parameter, total in zip(self._parameters, self._clipper.take(), strict=True):
-            noisy = self._draws.noise(parameter, sigma * clip) if sigma else torch.zeros_like(parameter)
+            noisy = torch.zeros_like(parameter)
+            if sigma and self.is_main:
+                noisy = self._draws.noise(parameter, sigma * clip)
             if total is not None:
                 noisy += total
+            if self.group.world > 1:
+                dist.all_reduce(noisy)
             parameter.grad = noisy.div_(self._expected)
 
     # --- state ------------------------------------------------------------------------------------------------------

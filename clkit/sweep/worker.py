@@ -90,7 +90,11 @@ def perform(spec: Spec) -> Outcome:
     torch.set_num_threads(spec.threads)
     limit_memory(spec.memory_gib)
     with logged(Path(spec.directory) / "log.txt"):
-        return execute(spec.config)
+        outcome = execute(spec.config)
+    if spec.memory_gib and ("can't allocate memory" in outcome.reason or outcome.reason == "MemoryError"):
+        allowed = f"needs more than the {spec.memory_gib:g} GiB of sweep.launcher.memory_gib"
+        return Outcome(outcome.state, f"{allowed} ({outcome.reason})")
+    return outcome
 
 
 def limit_memory(gib: float) -> None:

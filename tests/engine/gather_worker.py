@@ -9,6 +9,7 @@ from torch import nn
 
 from clkit.config import TrainConfig
 from clkit.engine.deepspeed import DeepSpeedEngine
+from clkit.engine.launch import end
 from clkit.engine.settings import DeepSpeedConfig
 from clkit.models import wrap
 
@@ -54,3 +55,4 @@ def main(stage: int, config_file: str) -> dict:
 
 if __name__ == "__main__":
     print("FOUND" + json.dumps(main(*json.loads(sys.argv[1]))))
+    end(0)

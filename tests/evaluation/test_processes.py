@@ -18,6 +18,7 @@ from byte_level import byte_tokenizer
 from tiny_lm import text_task, tiny_module
 from clkit.config import EvalConfig
 from clkit.engine.group import TorchGroup, local_group
+from clkit.engine.launch import end
 from clkit.evaluation.base import evaluate
 from clkit.models.causal_lm import CausalLM
 
@@ -38,8 +39,7 @@ for metric in ("option-loglik", "perplexity", "exact-match", "rouge-l"):
 one = text_task("perplexity", 1)  # fewer batches than processes
 found["one"] = evaluate(lm, one, lm.encode(one.eval), metric="perplexity", group=group).value.hex()
 print("FOUND" + json.dumps(found))
-if not alone:
-    dist.destroy_process_group()
+end(0)
 """
 
 

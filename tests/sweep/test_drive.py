@@ -137,6 +137,20 @@ def test_a_process_above_its_memory_limit_fails_to_allocate(gib, code):
     assert done.returncode == code and ("MemoryError" in done.stderr) == bool(code)
 
 
+@pytest.mark.slow
+def test_a_run_above_the_memory_limit_fails_and_the_others_go_on(write, sweep_content, tmp_path, capsys):
+    sweep_content["sweep"] = {
+        "axes": {"model.hidden": [[8], [12_000_000], [16]]},  # the second needs 3 GB for its first layer
+        "seeds": 1,
+        "launcher": LOCAL | {"jobs": 1, "memory_gib": 2},
+    }
+    assert main(["sweep", write(sweep_content)]) == 3
+    err = capsys.readouterr().err
+    why = "failed: needs more than the 2 GiB of sweep.launcher.memory_gib"
+    assert f"[2/3] hidden=12000000 seed 0: {why}" in err and "1 runs failed" in err
+    assert len(results(tmp_path / "sweep")) == 2
+
+
 def test_workers_see_their_threads_and_gpus(monkeypatch):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     found = environment(LauncherConfig(threads=3, gpus=2), slot=1)
