@@ -233,7 +233,8 @@ class DpPrompt(Rewriter):
         """A paraphrase; its length is drawn, so the claim is for the longest there could have been."""
         end = self.tokenizer.eos_token_id
         drawn: list[int] = []
-        ids, known = self._prompt(text), {}
+        known: dict[str, Any] = {}
+        ids = self._prompt(text)
         while len(drawn) < self._most and end not in drawn:
             scores, known = self._next(ids[:, -1:] if known else ids, known)
             drawn += self._draw(scores, self.low, self.high, keep=(end,))
