@@ -41,14 +41,15 @@ def examples(pairs: Sequence[tuple[str, str]]) -> TextExamples:
 
 
 def losses(model: CausalLM, pairs: Sequence[tuple[str, str]], batch_size: int) -> np.ndarray:
-    """(N,) mean token loss of each answer, its end token included."""
-    encoded, found = model.encode(examples(pairs)), []
+    """(N,) mean token loss of each answer, its end token included; rows of like length go together."""
+    encoded, found = model.encode(examples(pairs)), np.empty(len(pairs))
+    order = torch.tensor(sorted(range(len(pairs)), key=lambda i: len("".join(pairs[i]))))
     with evaluating(model.module), torch.inference_mode():
-        for rows in torch.split(torch.arange(len(encoded)), batch_size):
+        for rows in torch.split(order, batch_size):
             batch = encoded.batch(rows).to(model.device)
             sums, counts = sequence_log_probs(model.logits(batch), model.targets(batch))
-            found.append((-sums / counts).cpu().double().numpy())
-    return np.concatenate(found)
+            found[rows.numpy()] = (-sums / counts).cpu().double().numpy()
+    return found
 
 
 def scores(

@@ -6,8 +6,9 @@
     python experiments/unlearning/run.py --out runs/small --settings experiments/unlearning/small.yaml
 
 For each base of the settings and each seed: one run learns the authors (OUT/BASE-SEED/full), from a protected base of
-its own (OUT/BASE-SEED/m0) where the settings describe one. For each number of authors and each method a request goes to
-it through `clkit unlearn`, with a ledger of its own. Then measure.py looks at every model. All with one thread; what is
+its own (OUT/BASE-SEED/m0) where the settings describe one; with `rewrite` that base learns the texts as the model
+itself rewrote them (dp_prompt), in the place of noise. For each number of authors and each method a request goes to it
+through `clkit unlearn`, with a ledger of its own. Then measure.py looks at every model. All with one thread; what is
 finished is skipped, what was killed goes on. Writes OUT/summary.csv and OUT/summary.md: model utility, forget quality
 against retraining on the same base (a protected base names which), membership inference, extraction, relearning,
 rounded weights, and cost in CPU time: of the base before any request (phase 1, and what is deployed), of the whole
@@ -35,13 +36,16 @@ import tofu
 import torch
 import yaml
 
-from clkit import cli
+from clkit import build, cli, resolve
 from clkit.errors import ClkitError, ConfigError, did_you_mean
 from clkit.metrics.unlearning import forget_quality
+from clkit.models.lora import base_model
+from clkit.strategies.dp2unlearning import rewritten as rewriting
+from clkit.strategies.dp2unlearning.rewrite import DpPrompt
 
 HERE = Path(__file__).parent
 COLUMNS = (
-    "method", "base", "forget", "seed", "model_utility", "forget_quality", "ks_distance", "ks_bound", "p_forget",
+    "name", "base", "forget", "seed", "model_utility", "forget_quality", "ks_distance", "ks_bound", "p_forget",
     "auc_loss", "auc_reference", "extraction", "p_8_bit", "p_4_bit", "relearn_before", "relearn_after",
     "protect_s", "deploy_s", "cpu_s", "train_s", "cost_ratio", "train_ratio",
 )  # fmt: skip
@@ -135,22 +139,41 @@ def learn(request: Request, settings: dict[str, Any], overrides: Sequence[str]) 
     """The run that learns the authors, after the protected base that it starts from, if any."""
     base, folder = settings["bases"][request.base], request.source.parent
     tasks = tofu.write_tasks(folder / "data", settings, base["tasks"])
-    common = [f"tasks.tasks=[{','.join(map(str, tasks))}]", f"seed={request.seed}", "tracking.progress=false"]
-    common += [*settings.get("overrides", ()), *overrides]
-    steps = {"learn": (request.source, base["overrides"])}
+    common = [f"seed={request.seed}", "tracking.progress=false", *settings.get("overrides", ()), *overrides]
+    steps = {"learn": (request.source, tasks, base["overrides"])}
     if "protected" in base:
-        m0 = folder / "m0"
+        m0, rewritten = folder / "m0", folder / "rewritten"
         deployed = [*base["overrides"], "strategy=dp2unlearning", f"strategy.base={m0}"]
         steps = {
-            "protect": (m0, [*settings.get("protected", ()), *base["protected"]]),
-            "learn": (request.source, deployed),
+            "protect": (m0, tasks, [*settings.get("protected", ()), *base["protected"]]),
+            "learn": (request.source, tasks, deployed),
         }
-    for step, (target, own) in steps.items():
-        command = ["run", HERE / "base.yaml", *common, *own, f"output_dir={target}", "--quiet"]
+        if "rewrite" in base:
+            if not (rewritten / rewriting.NAME).exists():
+                given = [str(rewritten), str(base["rewrite"]["epsilon"]), str(base["rewrite"]["tokens"])]
+                if not execute(rewrite, [*given, _tasks(tasks), *common], folder, "rewrite"):
+                    return False
+            steps["protect"] = m0, [rewritten / task.name for task in tasks], base["protected"]
+    for step, (target, read, own) in steps.items():
+        command = ["run", HERE / "base.yaml", _tasks(read), *common, *own, f"output_dir={target}", "--quiet"]
         done = (target / "metrics.json").exists()
         if not done and not execute(cli.main, command, folder, step):
             return False
     return True
+
+
+def _tasks(folders: Sequence[Path]) -> str:
+    return f"tasks.tasks=[{','.join(map(str, folders))}]"
+
+
+def rewrite(arguments: list[str]) -> int:
+    """Let the model rewrite the training texts: OUT, epsilon per token, longest text, overrides of base.yaml."""
+    config = resolve.load(HERE / "base.yaml", arguments[3:])
+    tasks = build.make_tasks(config)
+    model: Any = build.make_model(config.model, tasks, config.seed, print)
+    found = DpPrompt(base_model(model.module), model.tokenizer, float(arguments[1]), max_new_tokens=int(arguments[2]))
+    print(rewriting.write_tasks(tasks, Path(arguments[0]), found))
+    return 0
 
 
 def serve(request: Request, settings: dict[str, Any]) -> bool:
@@ -183,13 +206,14 @@ def row(request: Request, reference: Request | None) -> dict[str, Any] | None:
     found = json.loads(file.read_text())
     cost, before = _costs(request.folder).get("serve", 0.0), _costs(request.source.parent)
     result: dict[str, Any] = {
-        "method": request.method, "base": request.base, "forget": request.forget, "seed": request.seed,
+        "name": request.name, "base": request.base, "forget": request.forget, "seed": request.seed,
         "model_utility": found["model_utility"], "p_forget": found["sets"]["forget"]["probability"],
         "auc_loss": found["membership"]["loss"]["auc"][0], "auc_reference": found["membership"]["reference"]["auc"][0],
         "extraction": found["extraction"]["forgotten"], "cpu_s": cost,
         "p_8_bit": found.get("rounded", {}).get("8"), "p_4_bit": found.get("rounded", {}).get("4"),
         "relearn_before": found["relearning"]["before"], "relearn_after": found["relearning"]["after"],
-        "protect_s": before.get("protect"), "deploy_s": before["learn"], "train_s": trained(request),
+        "protect_s": before.get("protect", 0.0) + before.get("rewrite", 0.0),
+        "deploy_s": before["learn"], "train_s": trained(request),
     }  # fmt: skip
     if reference is not None and (reference.folder / "figures.json").exists():
         other = json.loads((reference.folder / "figures.json").read_text())

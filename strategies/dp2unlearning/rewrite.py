@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from clkit.errors import ConfigError
+from clkit.models.routing import CACHES
 from clkit.modes import evaluating
 from clkit.rng import derive_seed
 from clkit.unlearning.exponential import ROBERTA_RANGE, probabilities, text_epsilon
@@ -225,16 +226,18 @@ class DpPrompt(Rewriter):
         super().__init__(module, tokenizer, epsilon, test_seed=test_seed)
         self._most = max_new_tokens
         with evaluating(module), torch.no_grad():
-            scores = self._next(self._prompt(""))
+            scores, _ = self._next(self._prompt(""), {})
         self.low, self.high = float(scores.min()), float(scores.max())
 
     def rewrite(self, text: str) -> Rewritten:
         """A paraphrase; its length is drawn, so the claim is for the longest there could have been."""
         end = self.tokenizer.eos_token_id
         drawn: list[int] = []
+        known: dict[str, Any] = {}
         ids = self._prompt(text)
         while len(drawn) < self._most and end not in drawn:
-            drawn += self._draw(self._next(ids), self.low, self.high, keep=(end,))
+            scores, known = self._next(ids[:, -1:] if known else ids, known)
+            drawn += self._draw(scores, self.low, self.high, keep=(end,))
             ids = torch.cat([ids, ids.new_tensor([drawn[-1:]])], dim=1)
         words = self.tokenizer.decode([t for t in drawn if t != end], skip_special_tokens=True).strip()
         return Rewritten(words, len(drawn), self._most)
@@ -244,7 +247,11 @@ class DpPrompt(Rewriter):
         found: Tensor = ids.to(next(self.module.parameters()).device)
         return found
 
-    def _next(self, ids: Tensor) -> Tensor:
-        """(1, V) logits of the next token; the whole text again, because how a cache is passed differs by version."""
-        scores: Tensor = self.module(input_ids=ids, use_cache=False).logits
-        return scores[:, -1]
+    def _next(self, ids: Tensor, known: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+        """(1, V) logits of the next token, and the keys and values of all so far under the model's name for them.
+
+        ``known`` are those of what was before ``ids``, empty where that was nothing or the model keeps none.
+        """
+        found = self.module(input_ids=ids, use_cache=True, **known)
+        name = next((name for name in CACHES if found.get(name) is not None), None)
+        return found.logits[:, -1], {} if name is None else {name: found[name]}

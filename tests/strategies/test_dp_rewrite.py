@@ -132,6 +132,24 @@ def test_dp_prompt_counts_the_longest_that_it_could_have_drawn(causal):
     assert rewriter.claim.tokens == [7, 7]
 
 
+def test_dp_prompt_draws_each_token_given_all_before_it(causal):
+    rewriter = DpPrompt(*causal, 3.0, max_new_tokens=6, test_seed=0)
+    seen = []
+    draw = rewriter._draw
+    rewriter._draw = lambda scores, *args, **kwargs: seen.append(scores) or draw(scores, *args, **kwargs)
+    drawn = []
+    rewriter.tokenizer.decode, decode = lambda ids, **kwargs: drawn.extend(ids) or "", rewriter.tokenizer.decode
+    try:
+        assert rewriter.rewrite(TEXT).tokens == len(seen) > 1
+    finally:
+        rewriter.tokenizer.decode = decode
+    ids = torch.cat([rewriter._prompt(TEXT), torch.tensor([drawn])], dim=1)
+    with torch.no_grad():
+        whole = rewriter.module(input_ids=ids, use_cache=False).logits[0, -len(drawn) - 1 :]
+    for scores, expected in zip(seen, whole, strict=False):
+        torch.testing.assert_close(scores[0].detach(), expected, rtol=1e-4, atol=1e-5)
+
+
 def test_what_can_not_be_rewritten_is_said(masked, causal):
     with pytest.raises(ConfigError, match="no mask token"):
         DpMlm(*causal, 1.0)

@@ -87,4 +87,5 @@ def test_every_method_is_one_that_there_is_and_has_a_retrained_model_to_be_compa
         common = [*settings.get("overrides", ()), f"tasks.tasks=[{tasks[0]}]"]
         resolve.load(HERE / "base.yaml", [*common, *base["overrides"]])
         if "protected" in base:
-            resolve.load(HERE / "base.yaml", [*common, *settings["protected"], *base["protected"]])
+            shared = [] if "rewrite" in base else settings["protected"]
+            resolve.load(HERE / "base.yaml", [*common, *shared, *base["protected"]])
