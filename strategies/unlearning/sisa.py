@@ -19,7 +19,7 @@ from clkit.unlearning.case import Case
 from clkit.unlearning.methods import Cost, Method
 
 
-class Shards(Ties):
+class Shards(Ties):  # type: ignore[misc]
     """Merged adapters of which some are known already: the tasks called so are not trained.
 
     Args:

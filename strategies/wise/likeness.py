@@ -49,7 +49,8 @@ class Likeness:
     def __call__(self, readings: Tensor, prints: Tensor) -> Tensor:
         """(B, N) how alike readings (B, in) are to those that ``prints`` (N, 96) were made of."""
         kept = _unpacked(prints.cpu().numpy().tobytes()).view(-1, _SIGNS).to(readings.device)
-        return (self._projected(readings) @ kept.T / (_SIGNS * _MEAN_SIZE)).clamp(-1.0, 1.0)
+        found: Tensor = self._projected(readings) @ kept.T / (_SIGNS * _MEAN_SIZE)
+        return found.clamp(-1.0, 1.0)
 
     def _projected(self, readings: Tensor) -> Tensor:
         own = F.normalize(readings.float(), dim=-1)
