@@ -91,7 +91,8 @@ class Gate:
 
     def alike(self, readings: Tensor, edits: Sequence[str]) -> Tensor:
         """(B, N) the likeness of readings (B, in) to edits; all must have been added."""
-        assert self.likeness is not None, "there is no edit yet"
+        if self.likeness is None:
+            raise RuntimeError("a gate compares with edits, and there are none yet")
         return self.likeness(readings, torch.stack([self.prints[i] for i in edits]))
 
     def state_dict(self) -> dict[str, Any] | None:
