@@ -12,7 +12,7 @@ import pytest
 HERE = Path(__file__).parent
 WORKER = """
 import json, sys
-sys.path.insert(0, sys.argv[1])
+sys.path[:0] = sys.argv[1], sys.argv[3]
 import torch, torch.distributed as dist
 from byte_level import byte_tokenizer
 from tiny_lm import text_task, tiny_module
@@ -48,7 +48,7 @@ def start(rank: int, world: int, port: int) -> subprocess.Popen:
         "RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
         "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "CUDA_VISIBLE_DEVICES": "",
     }  # fmt: skip
-    command = [sys.executable, "-c", WORKER, str(HERE), str(world)]
+    command = [sys.executable, "-c", WORKER, str(HERE), str(world), str(HERE.parent)]
     return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 

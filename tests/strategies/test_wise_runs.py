@@ -123,8 +123,10 @@ def test_other_tasks_are_refused(content, text_content):
 def test_every_edit_is_logged(content):
     result = api.run(resolve.validate(content))
     text = (result.run_dir / "events.jsonl").read_text()
-    steps = [e for e in map(json.loads, text.splitlines()) if "losses" in e]
-    assert len(steps) == 6 and set(steps[0]["losses"]) == {"target", "margin"}
+    events = [json.loads(line) for line in text.splitlines()]
+    steps, edits = ([e for e in events if e["event"] == kind] for kind in ("step", "edit"))
+    assert len(steps) == len(edits) == 6
+    assert all(set(e["losses"]) == {"target", "margin"} for e in (*steps, *edits))
 
 
 def test_scoring_amid_a_batch_changes_nothing(content, tmp_path):
