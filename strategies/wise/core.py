@@ -379,7 +379,7 @@ class Wise:
         self._units = None if state["units"] is None else (state["units"][0], state["units"][1])
         self.prompts = {i: list(texts) for i, texts in state["prompts"].items()}
         self.targets = dict(state["targets"])
-        self.gate.load_state_dict(state["likeness"], list(self.prompts), self.location.device)
+        self.gate.load_state_dict(state["likeness"], list(self.prompts))
         self.layer.put([SideMemory.from_state(m) for m in state["memories"]])
         self.live = self.layer.all()[-1] if state["live"] else None
 

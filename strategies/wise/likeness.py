@@ -29,9 +29,10 @@ class Likeness:
     """
 
     def __init__(self, shared: Tensor) -> None:
-        self.shared = shared
+        self.shared = shared.cpu()
         signs = _unpacked(hashlib.shake_256(b"clkit wise likeness").digest(shared.shape[1] * _SIGNS // 8))
-        self._projections = signs.view(shared.shape[1], _SIGNS).to(shared.device)
+        self._projections = signs.view(shared.shape[1], _SIGNS)
+        self._there: dict[torch.device, tuple[Tensor, Tensor]] = {}  # the model may move
 
     @classmethod
     def between(cls, readings: Tensor) -> Likeness:
@@ -53,9 +54,12 @@ class Likeness:
         return found.clamp(-1.0, 1.0)
 
     def _projected(self, readings: Tensor) -> Tensor:
+        device = readings.device
+        if device not in self._there:
+            self._there = {device: (self.shared.to(device), self._projections.to(device))}
+        shared, projections = self._there[device]
         own = F.normalize(readings.float(), dim=-1)
-        rest = F.normalize(own - own @ self.shared.T @ self.shared, dim=-1)
-        return rest @ self._projections
+        return F.normalize(own - own @ shared.T @ shared, dim=-1) @ projections
 
 
 def _unpacked(packed: bytes) -> Tensor:
@@ -82,8 +86,7 @@ class Gate:
 
     def add(self, edit: str, reading: Tensor) -> None:
         """Remember the reading (in,) of an edit's prompt."""
-        if self.likeness is not None:
-            self.prints[edit] = self.likeness.prints(reading[None])[0]
+        self.prints[edit] = self._settled().prints(reading[None])[0]
 
     def __call__(self, readings: Tensor, edits: Sequence[Sequence[str]]) -> Tensor:
         """(B, M) the likeness of readings (B, in) to the nearest of each memory's edits."""
@@ -91,19 +94,23 @@ class Gate:
 
     def alike(self, readings: Tensor, edits: Sequence[str]) -> Tensor:
         """(B, N) the likeness of readings (B, in) to edits; all must have been added."""
+        return self._settled()(readings, torch.stack([self.prints[i] for i in edits]))
+
+    def _settled(self) -> Likeness:
         if self.likeness is None:
             raise RuntimeError("a gate compares with edits, and there are none yet")
-        return self.likeness(readings, torch.stack([self.prints[i] for i in edits]))
+        return self.likeness
 
     def state_dict(self) -> dict[str, Any] | None:
         """What all prompts share, and the prints of all edits, one after another; None without a gate."""
         if self.likeness is None:
             return None
-        return {"shared": self.likeness.shared.half(), "prints": torch.stack(list(self.prints.values()))}
+        prints = torch.stack(list(self.prints.values())) if self.prints else torch.zeros(0, _SIGNS // 8).byte()
+        return {"shared": self.likeness.shared.half(), "prints": prints}
 
-    def load_state_dict(self, state: dict[str, Any] | None, edits: Sequence[str], device: torch.device) -> None:
+    def load_state_dict(self, state: dict[str, Any] | None, edits: Sequence[str]) -> None:
         """Inverse of :meth:`state_dict`, for the same edits in the same order."""
         self.likeness, self.prints = None, {}
         if state is not None:
-            self.likeness = Likeness(state["shared"].float().to(device))
+            self.likeness = Likeness(state["shared"].float())
             self.prints = dict(zip(edits, state["prints"], strict=True))

@@ -89,3 +89,13 @@ def test_controls_have_no_gate(option):
         assert route(wise, "An entirely different matter, at some length") == "shard-0"
     else:
         assert Wise(tiny(), quick(likeness=0.55, compat=True)).gate.limit == 0.0
+
+
+def test_all_edits_can_go_and_others_come():
+    wise = edited(1, likeness=0.55)
+    wise.forget(["e0"], {"e0": record(0)})
+    again = Wise(tiny(), quick(likeness=0.55))
+    again.load_state_dict(wise.state_dict())
+    assert not again.layer.all() and not again.gate.prints
+    again.learn(record(0))
+    assert route(again, "Town of 0?") == "shard-0"
