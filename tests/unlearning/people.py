@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import yaml
@@ -58,6 +59,18 @@ def run(content: dict, folder: Path) -> Path:
     file.write_text(yaml.safe_dump(content))
     assert main(["run", str(file), "--quiet"]) == 0
     return Path(content["output_dir"])
+
+
+def served(content: dict, folder: Path, scope: dict, method: str, *options: str) -> tuple[Path, dict]:
+    """A run learned in a new ``folder``, then one request served by a method: the new run, and the certificate."""
+    folder.mkdir()
+    run_dir = run({**content, "output_dir": str(folder / "runs" / "first")}, folder)
+    file = folder / "request.json"
+    file.write_text(json.dumps(request(scope)))
+    assert main(["unlearn", "--run", str(run_dir), "--request", str(file), "--method", method, *options]) == 0
+    (path,) = (run_dir.parent / "unlearning").glob("*/certificate.json")
+    certificate = json.loads(path.read_text())
+    return (path.parent / certificate["new_run"]["path"]).resolve(), certificate
 
 
 def nothing_forgotten(run_dir: Path) -> bool:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from people import digits, request, run
+from people import digits, request, run, served
 from safetensors.torch import load_file
 
 from clkit.cli import main
@@ -37,15 +37,8 @@ def both(content, tmp_path, write, scope):
     """The same request served by replay and by retraining, in two worlds; the two new runs and the replay's events."""
     found, messages = [], []
     for method in ("exact_replay", "retrain"):
-        folder = tmp_path / method
-        folder.mkdir()
-        run_dir = run({**content, "output_dir": str(folder / "runs" / "first")}, folder)
-        file = folder / "request.json"
-        file.write_text(json.dumps(request(scope)))
-        assert unlearn(run_dir, file, "--method", method) == 0
-        (path,) = (run_dir.parent / "unlearning").glob("*/certificate.json")
-        certificate = json.loads(path.read_text())
-        found.append((path.parent / certificate["new_run"]["path"]).resolve())
+        new_run, certificate = served(content, tmp_path / method, scope, method, *LENIENT)
+        found.append(new_run)
         messages.append(certificate["method"]["guarantee"])
     return (*found, messages[0])
 
