@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence, Set
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -60,7 +60,8 @@ class Wise:
         always, answer_only = config.routing == "none", self.config.reach == "answer"
         self.gate = Gate(self.config.likeness)
         gate = self.gate if self.gate.limit and not always else None
-        self.router = Router(self.config.slack or 1.0, activation, config.compat, always, answer_only, gate)
+        slack = cast(float, self.config.slack)  # settled
+        self.router = Router(slack, activation, config.compat, always, answer_only, gate)
         self.reader = Reader(location, positions=not config.compat)
         self.layer = SideLayer(location, self.router)
         self.location = location
