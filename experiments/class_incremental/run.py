@@ -3,6 +3,7 @@
     python experiments/class_incremental/run.py [CONFIG] [--classes 2 4] [--seeds 0 1 2] [--only dkvb] [--finished]
     python experiments/class_incremental/run.py CONFIG --budgets 1.75 4     the areas under accuracy over memory too
     python experiments/class_incremental/run.py CONFIG --curves             accuracy after each task too
+    python experiments/class_incremental/run.py CONFIG --pictures FOLDER    the same, drawn
 
 A seed also gives the order of the classes. Runs that are finished are read, runs that were cut resume. Seconds are
 processor time of a whole run, features cached. MiB are model (heads and statistics too) and exemplars after the last
@@ -18,9 +19,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from clkit import api, resolve
 from clkit.config import RunConfig
 from clkit.metrics.continual import budget_auc
+from clkit.report.figures import Drawing, axis, styles
 from clkit.report.history import History
 
 HERE = Path(__file__).parent
@@ -45,6 +49,7 @@ def main() -> None:
         "--budgets", type=float, nargs="+", default=[], help="MiB of a strategy's first, second, ... row"
     )
     parser.add_argument("--curves", action="store_true", help="a table of the accuracy after each task")
+    parser.add_argument("--pictures", type=Path, metavar="FOLDER", help="draw it as FOLDER/NAME-CLASSES.png")
     arguments = parser.parse_args()
     for classes in arguments.classes:
         rows: Rows = {}
@@ -64,6 +69,9 @@ def main() -> None:
         print(table(f"{classes} classes per task", rows), flush=True)
         if arguments.curves:
             print(curves(rows), flush=True)
+        if arguments.pictures:
+            arguments.pictures.mkdir(parents=True, exist_ok=True)
+            picture(arguments.pictures / f"{base['name']}-{classes}.png", rows)
         if arguments.budgets:
             print(areas(arguments.budgets, strategies, rows), flush=True)
 
@@ -105,6 +113,24 @@ def curves(rows: Rows) -> str:
         means = [statistics.mean(f["curve"][k] for f in found) for k in range(tasks)]
         lines.append(f"| {name} | {' | '.join('-' if m != m else f'{100 * m:.1f}' for m in means)} |")
     return "\n".join(lines)
+
+
+def picture(path: Path, rows: Rows) -> None:
+    """What :func:`curves` says, as lines with bands of a standard deviation."""
+
+    def draw(axes: Any) -> None:
+        for (name, found), style in zip(rows.items(), styles(len(rows)), strict=True):
+            values = 100 * np.array([f["curve"] for f in found])
+            mean, spread = values.mean(axis=0), values.std(axis=0, ddof=min(1, len(values) - 1))
+            after = np.arange(1, len(mean) + 1)
+            axes.plot(after, mean, label=name, marker="o", **style)
+            axes.fill_between(after, mean - spread, mean + spread, color=style["color"], alpha=0.12, linewidth=0)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axis(axes, "tasks learned", "accuracy over classes seen, %")
+        axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), handlelength=3.5)
+
+    title = "Accuracy over all classes seen so far, mean and standard deviation over seeds"
+    Drawing(path.stem, title, title, draw, (620, 300)).figure().savefig(path, dpi=80)
 
 
 def areas(budgets: Sequence[float], strategies: dict[str, list[str]], rows: Rows) -> str:
