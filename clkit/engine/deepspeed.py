@@ -164,6 +164,9 @@ class DeepSpeedEngine(LocalEngine):
         if self._deepspeed is not None:
             with routed():
                 self._deepspeed.destroy()
+            # Its destructor does so again, whenever it is collected: by then the parameters are the next engine's, which
+            # would lose its marks on them, and with them norms, clipping, added gradients and moments.
+            self._deepspeed.optimizer = None
             self._separate()
         self._deepspeed = self._pieces = None
 
@@ -199,8 +202,9 @@ class DeepSpeedEngine(LocalEngine):
                 self._pieces.load(parameter, values)
 
     def finish(self) -> None:
-        """No more training; see the contract."""
-        self._separate()
+        """No more training; see the contract. Under ZeRO-3 only the engine can put the weights together."""
+        if not self._partitioned:
+            self._close()
 
     def _separate(self) -> None:
         """Give each weight memory of its own again: parts of one long tensor can't be written to a file."""
