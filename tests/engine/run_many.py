@@ -13,7 +13,6 @@ from clkit import api, resolve
 from clkit.engine.deepspeed import DeepSpeedEngine
 from clkit.engine.launch import end
 
-
 step = DeepSpeedEngine.step
 
 
