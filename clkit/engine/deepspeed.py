@@ -164,7 +164,7 @@ class DeepSpeedEngine(LocalEngine):
         if self._deepspeed is not None:
             with routed():
                 self._deepspeed.destroy()
-            # Its destructor does so again, whenever it is collected: by then the parameters are the next engine's, which
+            # Its destructor does so again, whenever it is collected. By then the parameters are the next engine's, and it
             # would lose its marks on them, and with them norms, clipping, added gradients and moments.
             self._deepspeed.optimizer = None
             self._separate()
