@@ -164,8 +164,8 @@ class DeepSpeedEngine(LocalEngine):
         if self._deepspeed is not None:
             with routed():
                 self._deepspeed.destroy()
-            # Its destructor does so again, whenever it is collected. By then the parameters are the next engine's, and it
-            # would lose its marks on them, and with them norms, clipping, added gradients and moments.
+            # Its destructor does so again when it is collected, and would take the next engine's marks off the
+            # parameters, and with them norms, clipping, added gradients and moments.
             self._deepspeed.optimizer = None
             self._separate()
         self._deepspeed = self._pieces = None
