@@ -95,6 +95,34 @@ def test_with_forty_questions_the_p_value_is_a_ladder(moved, p):
     assert found.distance == pytest.approx(moved / 40) and found.p_value == pytest.approx(p, abs=5e-5)
 
 
+# The result tables of DP2Unlearning's repository: nine means (real authors, real world, retained; of each ROUGE,
+# probability, truth ratio), the utility and forget quality it gives for them, and of how many forgotten rows.
+PUBLISHED = {
+    "DP-MLM, epsilon 1, retain95": (
+        [0.495833333, 0.339147817, 0.409706445, 0.810541311, 0.404013041, 0.481363519, 0.996417979, 0.992185154, 0.493307001],
+        0.522311551, 0.92383742, 200,
+    ),
+    "rewritten data, epsilon 1, retain90": (
+        [0.4618333333, 0.3369953477, 0.3983550336, 0.8048433048, 0.3964061490, 0.4788747504, 0.9908227113, 0.9910771512, 0.4958290625],
+        0.5133625957, 0.5849809189, 300,
+    ),
+    "not forgotten, against retain95": (
+        [0.5845, 0.3684659371, 0.4419218864, 0.8269230769, 0.4014510310, 0.4795859010, 1.0, 0.9873163752, 0.4964411451],
+        0.5454464532, 8.330858010549734e-16, 200,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_published_tables_come_out(name):
+    parts, utility, quality, rows = PUBLISHED[name]
+    assert model_utility(parts) == pytest.approx(utility, rel=1e-8)
+    # With as many rows there are so many steps that a p-value can have; the published one must be one of them.
+    steps = np.arange(rows)
+    ladder = [forget_quality(steps, steps + moved).p_value for moved in range(1, rows // 2)]
+    assert min(abs(p / quality - 1) for p in ladder) < 1e-8
+
+
 def test_forget_quality_is_the_same_for_the_reciprocal_ratio():
     a, b = LADDER + 0.5, LADDER**2 + 0.7
     assert forget_quality(a, b) == forget_quality(1 / a, 1 / b)
