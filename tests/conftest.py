@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 
@@ -17,6 +18,23 @@ def computed(tmp_path_factory) -> Path:
     """Features and lookups that tests compute stay out of the user's cache; processes that tests start see it too."""
     os.environ["CLKIT_COMPUTED"] = str(tmp_path_factory.mktemp("computed"))
     return Path(os.environ["CLKIT_COMPUTED"])
+
+
+class Refusing(logging.Handler):
+    """Transformers writes most of its deprecations to its log; like those that are warnings, they are errors here."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        message = record.getMessage()
+        if "deprecated" in message and "is_gradient_checkpointing" not in message:  # that one is peft's
+            raise FutureWarning(message)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def deprecations_that_are_logged():
+    handler, logger = Refusing(logging.WARNING), logging.getLogger("transformers")
+    logger.addHandler(handler)
+    yield
+    logger.removeHandler(handler)
 
 
 @pytest.fixture(scope="session")

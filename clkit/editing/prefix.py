@@ -15,7 +15,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from clkit.editing.rows import Rows
 from clkit.models.location import Location
-from clkit.models.routing import CACHES, last_token
+from clkit.models.routing import CACHES, cache_of, last_token
 from clkit.modes import evaluating
 
 
@@ -81,7 +81,7 @@ class Reader:
         inputs = self._inputs(rows.input_ids[:, :start], rows.attention_mask[:, :start])
         with torch.no_grad(), evaluating(self.location.lm):
             made = self.location.decoder(**(inputs | {"use_cache": True}))
-        cache = next((made[name] for name in CACHES if name in made), None)
+        _, cache = cache_of(made)
         # Layers whose update makes new tensors, so that a copy of the list is a copy of the state.
         plain = all(
             type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in getattr(cache, "layers", [None])

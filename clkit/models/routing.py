@@ -178,10 +178,17 @@ class PromptRouter:
         generation = getattr(self._local, "generation", None)
         if generation is not None:
             generation.choice = call.choice
-        made = next((output[name] for name in CACHES if isinstance(output, dict) and name in output), None)
+        made = cache_of(output)[1] if isinstance(output, dict) else None
         for cache in (call.cache, made):
             if hasattr(cache, "get_seq_length"):
                 setattr(cache, self._kept, call.choice)
+
+
+def cache_of(output: dict[str, Any]) -> tuple[str, Any]:
+    """What a forward pass calls the key-value cache that it gives back, and the cache; ("", None) = none."""
+    # Of the keys themselves: transformers warns when an output is asked for the old name.
+    held = list(output)
+    return next(((n, output[n]) for n in CACHES if n in held and output[n] is not None), ("", None))
 
 
 def last_token(mask: Tensor | None, length: int, rows: int) -> Tensor:

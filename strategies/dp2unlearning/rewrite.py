@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from clkit.errors import ConfigError
-from clkit.models.routing import CACHES
+from clkit.models.routing import cache_of
 from clkit.modes import evaluating
 from clkit.rng import derive_seed
 from clkit.unlearning.exponential import ROBERTA_RANGE, probabilities, text_epsilon
@@ -253,5 +253,5 @@ class DpPrompt(Rewriter):
         ``known`` are those of what was before ``ids``, empty where that was nothing or the model keeps none.
         """
         found = self.module(input_ids=ids, use_cache=True, **known)
-        name = next((name for name in CACHES if found.get(name) is not None), None)
-        return found.logits[:, -1], {} if name is None else {name: found[name]}
+        name, cache = cache_of(found)
+        return found.logits[:, -1], {} if cache is None else {name: cache}
