@@ -132,6 +132,8 @@ def execute(work: Callable[[list[str]], int], arguments: Sequence[str | Path], f
     costs = json.loads(file.read_text()) if file.exists() else {}
     costs[step] = round(costs.get(step, 0.0) + time.process_time() - since, 1)
     file.write_text(json.dumps(costs))
+    if code == 130:  # the command was interrupted, and with it this script
+        raise KeyboardInterrupt
     return code == 0
 
 
