@@ -25,6 +25,10 @@ class Problem:
         return f"{self.where}: {self.what}" if self.where else self.what
 
 
+class Unsupported(Problem):
+    """Something that is right in itself, and that what was chosen can't do: a :class:`CapabilityError`."""
+
+
 class ClkitError(Exception):
     """Base of every error that a user can cause and mend; the command line exits with ``exit_code``."""
 

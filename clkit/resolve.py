@@ -16,7 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from clkit.config import Plugin, RunConfig
 from clkit.engine import ENGINES
-from clkit.errors import ConfigError, Problem, did_you_mean
+from clkit.errors import CapabilityError, ConfigError, Problem, Unsupported, did_you_mean
 from clkit.evaluation import SCORERS
 from clkit.listing import shipped
 from clkit.registry import STRATEGIES, Registry
@@ -143,6 +143,7 @@ def validate(content: Mapping[str, Any], origin: str = "config", overridden: Ite
 
     Raises:
         ConfigError: one error with all problems.
+        CapabilityError: the only problems are options of another engine.
     """
     problems: list[Problem] = []
     if "sweep" in content:
@@ -160,7 +161,8 @@ def validate(content: Mapping[str, Any], origin: str = "config", overridden: Ite
         over = set(overridden)
         located = [Problem(f"{'command line' if p.where in over else origin}:{p.where}", p.what) for p in problems]
         count = f"{len(located)} problem{'s' if len(located) > 1 else ''}"
-        raise ConfigError.collect(f"The configuration has {count}:", located)
+        kind = CapabilityError if all(isinstance(p, Unsupported) for p in problems) else ConfigError
+        raise kind.collect(f"The configuration has {count}:", located)
     return config
 
 
@@ -196,6 +198,9 @@ def _plugin(
         return None
     options = {k: v for k, v in raw.items() if k != key}
     before = len(problems)
+    elsewhere = target.elsewhere(options) if hasattr(target, "elsewhere") else {}
+    problems += [Unsupported(f"{section}.{option}", why) for option, why in elsewhere.items()]
+    options = {k: v for k, v in options.items() if k not in elsewhere}
     filled = _fill(target.config_class, options, f"{section}.", problems, extra=(key,))
     if len(problems) == before and hasattr(target, "check"):
         problems += target.check(filled)

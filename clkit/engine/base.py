@@ -62,6 +62,11 @@ class Engine(ABC):
         return []
 
     @classmethod
+    def elsewhere(cls, options: Iterable[str]) -> dict[str, str]:
+        """Which of ``options`` only another engine has, and what to do instead."""
+        return {}
+
+    @classmethod
     def refuse(cls, config: RunConfig, capabilities: Any) -> list[ClkitError]:
         """Why this engine can't execute the run, found before weights are loaded."""
         return []

@@ -38,6 +38,7 @@ class DeepSpeedEngine(LocalEngine):
 
     config_class: ClassVar[type] = DeepSpeedConfig
     several = True
+    why_not_private: ClassVar[str] = "sums gradients over the batch before those of single units could be clipped"
     config: DeepSpeedConfig
 
     def __init__(self, config: DeepSpeedConfig) -> None:

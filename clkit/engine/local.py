@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +41,8 @@ def lr_factor(
 class LocalEngine(Engine):
     """One process."""
 
+    why_not_private: ClassVar[str] = "clips no single units and adds no noise"
+
     def __init__(self, config: EngineConfig) -> None:
         super().__init__(config)
         self.group = local_group()
@@ -50,6 +53,21 @@ class LocalEngine(Engine):
         self._parameters: list[nn.Parameter] = []
         self._train = TrainConfig()
         self._total = self._done = 0
+
+    @classmethod
+    def elsewhere(cls, options: Iterable[str]) -> dict[str, str]:
+        """Options of private training, and how to have it."""
+        from clkit.engine.private import PrivateConfig
+
+        own, theirs = ({f.name for f in dataclasses.fields(c)} for c in (cls.config_class, PrivateConfig))
+        found = [option for option in options if option in theirs - own]
+        told = dict.fromkeys(found, "is an option of engine=private too")
+        if found:
+            told[found[0]] = (
+                f"is an option of private training, which is engine=private: this engine {cls.why_not_private}. "
+                "On several processes: `clkit run CONFIG engine=private --num-processes N`"
+            )
+        return told
 
     def prepare(self, model: Model) -> None:
         """Move the module to the device; float16 gets a loss scaler, bfloat16 needs none."""

@@ -196,7 +196,7 @@ def make_runs(sweep: Sweep, settings: Sequence[Setting]) -> list[Run]:
             try:
                 config = resolve.validate(resolve.merge(sweep.content, (), values=values), origin="")
                 found.append(Run(setting, seed, config))
-            except ConfigError as error:
+            except ClkitError as error:
                 for problem in error.problems or [Problem("", str(error))]:
                     key = problem.where.removeprefix(":")
                     where = next((place for k, place in swept.items() if _about(k, key, setting)), "")

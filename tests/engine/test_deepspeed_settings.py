@@ -81,6 +81,24 @@ def test_options_that_can_not_work_are_refused_with_the_configuration(text_conte
     assert shown in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("engine", "why"), [("deepspeed", "sums gradients over the batch before"), ("local", "clips no single units")]
+)
+def test_options_of_private_training_are_refused_with_where_they_belong(text_content, tmp_path, engine, why):
+    wanted = text_content | {"engine": {"name": engine, "target_epsilon": 8, "unit": "subject"}}
+    with pytest.raises(CapabilityError) as error:
+        resolve.validate(wanted, overridden=["engine.target_epsilon"])
+    first, second = (str(p) for p in error.value.problems)
+    assert first.startswith("command line:engine.target_epsilon: is an option of private training, which is engine=pri")
+    assert why in first and "engine=private --num-processes N" in first
+    assert second == "config:engine.unit: is an option of engine=private too"
+
+    wanted["engine"] |= {"unti": "record"}
+    with pytest.raises(ConfigError, match=r"engine\.unti: unknown key") as error:
+        resolve.validate(wanted)
+    assert len(error.value.problems) == 3
+
+
 @pytest.mark.parametrize("name", STRATEGIES.names())
 @pytest.mark.parametrize("stage", [0, 3])
 def test_a_stage_that_a_strategy_does_not_declare_is_refused_before_anything_is_loaded(name, stage):
