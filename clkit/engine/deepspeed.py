@@ -21,7 +21,7 @@ from clkit.checkpoint import tensor_dict
 from clkit.config import RunConfig, TrainConfig
 from clkit.engine import launch
 from clkit.engine.group import Group, local_group
-from clkit.engine.local import LocalEngine
+from clkit.engine.local import LARGEST_HALF, LocalEngine
 from clkit.engine.settings import DeepSpeedConfig, conflicts, own_problems, read_settings, settings
 from clkit.engine.zero import Partitions, Pieces, Replicas, Slices
 from clkit.errors import CapabilityError, ClkitError, ConfigError, Problem
@@ -70,13 +70,6 @@ class DeepSpeedEngine(LocalEngine):
             errors.append(
                 CapabilityError(
                     f"engine.zero_stage: strategy '{config.strategy.name}' does not run under ZeRO-{stage} ({can})"
-                )
-            )
-        if config.model.dtype == "float16":
-            errors.append(
-                CapabilityError(
-                    "model.dtype: float16 under DeepSpeed skips other updates than on one process, so numbers "
-                    "differ; take bfloat16 or float32, or engine.name=local"
                 )
             )
         found = conflicts(config, read_settings(config.engine.config.config_file)[0])
@@ -215,12 +208,13 @@ class DeepSpeedEngine(LocalEngine):
 
     # --- one step ---------------------------------------------------------------------------------------------------
     def backward(self, loss: Tensor, last: bool = True) -> None:
-        """See the contract; the gradient becomes the sum over the processes, which DeepSpeed calls a mean."""
+        """See the contract; the gradient becomes the sum over the processes, which DeepSpeed calls a mean.
+
+        Under float16 not before :meth:`unscale`: half-precision gradients have to be as large as on one process.
+        """
         if self._pieces is None:
             return
-        loss = loss * self.group.world
-        if self._scaler is not None:
-            loss = self._scaler.scale(loss)
+        loss = loss * self.group.world if self._scaler is None else self._scaler.scale(loss)
         if self.config.zero_stage > 0:
             # DeepSpeed's own forward() does this; strategies call the module, or parts of it, themselves.
             self._deepspeed.optimizer.clear_backward_seen_flag()
@@ -230,7 +224,10 @@ class DeepSpeedEngine(LocalEngine):
     def unscale(self) -> None:
         """Divide the gradients by the float16 loss scale."""
         if self._scaler is not None and self._pieces is not None:
-            self._multiply(1 / self._scaler.get_scale())
+            world = self.group.world
+            largest = max((float(own.abs().max()) for _, own in self._gradients() if own.numel()), default=0.0)
+            beyond = self.any(largest * world > LARGEST_HALF)
+            self._multiply(math.inf if beyond else world / self._scaler.get_scale())
 
     def add_gradient(self, parameter: nn.Parameter, gradient: Tensor, factor: float = 1.0) -> None:
         """See the contract; every process adds the piece that it holds."""

@@ -18,6 +18,9 @@ from clkit.engine.group import local_group
 from clkit.errors import CapabilityError
 from clkit.models.base import Model
 
+LARGEST_HALF = torch.finfo(torch.float16).max
+"""A scaled gradient of the whole batch beyond this is an overflow, however micro-batches or processes cut the batch."""
+
 
 def lr_factor(
     step: int, total: int, schedule: str, warmup: float, milestones: Sequence[float] = (), decay: float = 1.0
@@ -116,6 +119,9 @@ class LocalEngine(Engine):
     def unscale(self) -> None:
         """Divide the gradients by the float16 loss scale."""
         if self._scaler is not None and self._optimizer is not None:
+            gradients = [p.grad for p in self._parameters if p.grad is not None]
+            if float(torch.nn.utils.get_total_norm(gradients, math.inf)) > LARGEST_HALF:
+                gradients[0].fill_(math.inf)  # the parts of a batch may each have been in range: see LARGEST_HALF
             self._scaler.unscale_(self._optimizer)
 
     def step(self) -> float | None:

@@ -171,8 +171,14 @@ class Slices(Sharded):
         return whole.view_as(parameter)
 
     def drop(self, engine: Any) -> None:
-        """DeepSpeed sees that the norm is not finite and skips the update."""
-        engine.step()
+        """What DeepSpeed does when it finds an overflow itself, which it looks for in its own float16 mode only."""
+        looked, self.zero.check_grad_overflow = self.zero.check_grad_overflow, True
+        self.zero.has_overflow = lambda partition_gradients: True
+        try:
+            engine.step()
+        finally:
+            del self.zero.has_overflow
+            self.zero.check_grad_overflow = looked
 
 
 class Partitions(Sharded):

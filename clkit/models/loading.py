@@ -233,6 +233,7 @@ def pretrained(
     module: nn.Module
     try:
         with routed(), seeded(generator):
+            _announce(dtype)
             module, info = auto.from_pretrained(
                 directory, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
             )
@@ -248,6 +249,16 @@ def pretrained(
         if key.startswith(unused):
             parameter.requires_grad_(False)
     return module
+
+
+def _announce(dtype: torch.dtype) -> None:
+    """Tell ZeRO-3 what type to load into; it goes by DeepSpeed's settings, and would make all weights float32."""
+    from transformers.integrations.deepspeed import deepspeed_config
+
+    announced: Any = deepspeed_config
+    told = announced()
+    if told is not None:  # the engine has announced ZeRO-3
+        told |= {"bf16": {"enabled": dtype == torch.bfloat16}, "fp16": {"enabled": dtype == torch.float16}}
 
 
 def load_tokenizer(directory: Path, name: str) -> Any:

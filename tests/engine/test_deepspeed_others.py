@@ -68,7 +68,6 @@ def test_stages_0_to_2_give_the_numbers_of_the_local_engine(tmp_path, tiny_llama
 
 @pytest.mark.parametrize(("name", "changes", "message"), [
     ("memo", {"engine": {"name": "deepspeed", "zero_stage": 3}}, r"does not run under ZeRO-3 \(it supports 0, 1, 2\)"),
-    ("dkvb", {"model": {"name": "identity", "dtype": "float16"}}, r"model\.dtype: float16"),
 ])  # fmt: skip
 def test_what_would_give_other_numbers_is_refused(tmp_path, tiny_llama, name, changes, message):
     given = {**contents(tmp_path, tiny_llama)[name], "engine": {"name": "deepspeed", "zero_stage": 1}, **changes}
