@@ -204,8 +204,10 @@ def recompute_activations(module: Any) -> None:
     # Newer transformers warn about the old name. The reentrant kind needs inputs with gradients; a frozen base has
     # none.
     enable = getattr(module, "activation_checkpointing_enable", None) or module.gradient_checkpointing_enable
+    # Partitioned weights are empty again when torch compares what it has recomputed with what there was.
+    unchecked = {"determinism_check": "none"} if _zero3() else {}
     try:
-        enable({"use_reentrant": False})
+        enable({"use_reentrant": False, **unchecked})
     except ValueError as error:
         raise ModelError(f"`model.gradient_checkpointing`: {_first_line(error)}") from error
 
@@ -233,7 +235,8 @@ def pretrained(
     module: nn.Module
     try:
         with routed(), seeded(generator):
-            _announce(dtype)
+            if told := _zero3():  # it goes by these, not by `dtype`, and would make all weights float32
+                told |= {"bf16": {"enabled": dtype == torch.bfloat16}, "fp16": {"enabled": dtype == torch.float16}}
             module, info = auto.from_pretrained(
                 directory, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
             )
@@ -251,14 +254,13 @@ def pretrained(
     return module
 
 
-def _announce(dtype: torch.dtype) -> None:
-    """Tell ZeRO-3 what type to load into; it goes by DeepSpeed's settings, and would make all weights float32."""
+def _zero3() -> dict[str, Any] | None:
+    """DeepSpeed's settings where the engine has announced to transformers that weights are loaded in partitions."""
     from transformers.integrations.deepspeed import deepspeed_config
 
     announced: Any = deepspeed_config
-    told = announced()
-    if told is not None:  # the engine has announced ZeRO-3
-        told |= {"bf16": {"enabled": dtype == torch.bfloat16}, "fp16": {"enabled": dtype == torch.float16}}
+    found: dict[str, Any] | None = announced()
+    return found
 
 
 def load_tokenizer(directory: Path, name: str) -> Any:

@@ -177,3 +177,25 @@ def test_half_precision_follows_the_local_engine(local):
         assert len(steps(ours)) == len(steps(plain)) >= 3
         for mine, yours in zip(steps(ours), steps(plain), strict=True):
             assert mine == pytest.approx(yours, rel=0.02)
+
+
+@pytest.mark.slow
+def test_recomputed_activations_change_nothing(content):
+    """Adapters on a frozen base and all weights, with several passes per step, at every stage."""
+    kinds = {"adapter": {}, "weights": {"lora": {"r": 0}}}
+
+    def recomputed(kind: str, where: str, engine: dict, **model: object) -> dict:
+        run = run_of(content, "replay", f"{where}/{kind}", engine, micro_batch=2)
+        return run | {"model": content["model"] | kinds[kind] | model}
+
+    for kind in kinds:
+        api.run(resolve.validate(recomputed(kind, "kept", {"name": "local"})))
+    runs = [
+        recomputed(kind, f"recomputed{stage}", deepspeed(content, stage), gradient_checkpointing=True)
+        for stage in range(4)
+        for kind in kinds
+    ]
+    talk("run_many.py", runs, 2)
+    for run in runs:
+        ours = Path(run["output_dir"])
+        same_numbers(ours, Path(content["folder"], "kept", *ours.parts[-2:]))
