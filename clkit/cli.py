@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from clkit.editing.cli import add_edit_command
 from clkit.errors import ClkitError, ConfigError
@@ -359,7 +359,12 @@ def _unlearn(arguments: Any) -> None:
     unlearn(arguments)
 
 
-if __name__ == "__main__":
+def script() -> NoReturn:
+    """The program: as :func:`main`, but one of several processes ends without taking Python down."""
     from clkit.engine.launch import end
 
     end(main())
+
+
+if __name__ == "__main__":
+    script()

@@ -254,3 +254,16 @@ def test_the_readme_example_runs(tiny_llama, tmp_path, monkeypatch, capsys):
     Path("my.yaml").write_text(Path("my.yaml").read_text() + sweep)
     assert main(["sweep", "my.yaml", "--dry-run"]) == 0
     assert "9 runs" in capsys.readouterr().out
+
+
+def test_the_installed_program_ends_as_one_of_several_processes_should(monkeypatch):
+    """`torchrun --no-python clkit run ...` starts it, and a plain exit of Python may crash on a thread of gloo."""
+    from clkit import cli
+    from clkit.engine import launch
+
+    codes = []
+    monkeypatch.setattr(cli, "main", lambda: 3)
+    monkeypatch.setattr(launch, "end", codes.append)
+    cli.script()
+    assert codes == [3]
+    assert '\nclkit = "clkit.cli:script"\n' in (Path(__file__).parents[2] / "pyproject.toml").read_text()
