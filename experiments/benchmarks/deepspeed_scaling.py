@@ -51,7 +51,7 @@ def configuration(arguments: argparse.Namespace, engine: dict[str, Any]) -> RunC
                 "name": "smollm2-135m",
                 "dtype": arguments.dtype,
                 "max_length": arguments.length,
-                "lora": {"r": 16, "alpha": 32},
+                "lora": {"r": arguments.rank, "alpha": 32},
             },
             "engine": {**engine, "device": "cpu"},
             "train": {"batch_size": arguments.rows, "learning_rate": 1e-4},
@@ -228,6 +228,7 @@ def main() -> None:
     parser.add_argument(
         "--answer", type=int, default=8, help="targets per row (default 8; --memory: all, as in the estimate)"
     )
+    parser.add_argument("--rank", type=int, default=16, help="of LoRA; 0 trains all weights (default 16)")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--memory", action="store_true", help="peak memory instead of time")
     parser.add_argument("--worker", default="", help=argparse.SUPPRESS)
