@@ -76,7 +76,8 @@ class Router(PromptRouter):
         compat: the published statistic: the mean over all positions, padding too, and the maximum of more than 100.
         answer_only: a memory changes what stands from the prompt's last token on; else the whole sequence.
         always: thresholds do not count: the memory with the largest score answers, whatever it is.
-        gate: when given, the prompt must also look like one of the memory's edits.
+        gate: when given, the prompt must also look like one of the memory's edits, and of several memories that with
+            the most alike edit answers.
 
     Attributes:
         last: the decisions of the newest scoring, one per sequence.
@@ -130,11 +131,11 @@ class Router(PromptRouter):
             sizes = [change_sizes(memory(read), output, self.activation) for memory in memories]
             scores = torch.stack([self.statistic(size) for size in sizes]).T
             limits = [-math.inf if self.always else m.threshold * self.slack for m in memories]
-            alike, fit = None, scores
+            alike, fit, rank = None, scores, scores
             if self.gate is not None:
-                alike = self.gate(read[:, 0], [m.edits for m in memories])
+                alike = rank = self.gate(read[:, 0], [m.edits for m in memories])
                 fit = scores.where(alike >= self.gate.limit, -math.inf)
-            chosen = choose(fit, limits)
+            chosen = choose(fit, limits, rank)
             names = [m.name for m in memories]
             near = [{} for _ in x] if alike is None else [dict(zip(names, row, strict=True)) for row in alike.tolist()]
             self.last = [
@@ -178,12 +179,16 @@ class Router(PromptRouter):
         return names.index(name)
 
 
-def choose(scores: Tensor, limits: Sequence[float]) -> list[int]:
-    """Per row of ``scores`` (B, N) the largest score among those above their own limit; -1 where none is.
+def choose(scores: Tensor, limits: Sequence[float], rank: Tensor | None = None) -> list[int]:
+    """Per row of ``scores`` (B, N) the best among those above their own limit; -1 where none is.
+
+    The best is the largest ``rank`` (B, N); without it the largest score, as published.
 
     >>> choose(torch.tensor([[3.0, 2.0], [0.5, 2.0], [0.5, 0.1]]), [4.0, 1.0])
     [1, 1, -1]
+    >>> choose(torch.tensor([[3.0, 2.0]]), [1.0, 1.0], torch.tensor([[0.6, 0.9]]))
+    [1]
     """
-    passed = torch.where(scores > torch.tensor(list(limits), device=scores.device), scores, -torch.inf)
-    best, which = passed.max(dim=1)
+    passing = scores > torch.tensor(list(limits), device=scores.device)
+    best, which = (scores if rank is None else rank).masked_fill(~passing, -torch.inf).max(dim=1)
     return torch.where(best > -torch.inf, which, -1).tolist()
