@@ -40,8 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         report(error)
         return error.exit_code
-    except KeyboardInterrupt:
-        print("clkit: interrupted; the same command again goes on from the last checkpoint", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        text = str(stop) or "interrupted; the same command again goes on from the last checkpoint"
+        print(f"clkit: {text}", file=sys.stderr)
         return _EXIT_INTERRUPTED
     except BrokenPipeError:  # the reader of our output went away, as `clkit ls | head` does
         sys.stderr.close()

@@ -249,6 +249,9 @@ class RunDirectory:
             yield
         except BaseException as error:
             state = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+            if state == "interrupted" and not error.args:
+                again = "the same call or command again goes on from the last checkpoint"
+                error.args = (f"{self.path}: interrupted; {again}",)  # the last line of the traceback that Python shows
             with contextlib.suppress(CheckpointError):  # a full disk must not hide the error itself
                 self.status(state, reason=str(error) or type(error).__name__)
             raise

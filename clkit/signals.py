@@ -8,7 +8,7 @@ from typing import Any
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C or SIGTERM arrived; the state was saved at the end of the step."""
+    """Ctrl-C or SIGTERM arrived; the state was saved at the end of the step. Its text says where, and how to go on."""
 
 
 class stop_on_signal:

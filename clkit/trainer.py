@@ -89,8 +89,14 @@ class SequentialTrainer:
         Raises:
             NumericalError: a loss or a gradient is NaN or infinite; names task, step and record ids.
             CheckpointError: the state can't be written or read, or another process runs in the directory.
-            Interrupted: Ctrl-C; the state was saved.
+            Interrupted: Ctrl-C; the state was saved. A KeyboardInterrupt whose text says where, and how to go on.
         """
+        try:
+            return self._begin(tasks)
+        except Interrupted as stop:
+            raise stop.with_traceback(None) from None  # it stopped between two steps: nobody needs to see the frames
+
+    def _begin(self, tasks: TaskSequence) -> RunResult:
         forgotten = in_force(None if self.directory is None else self.directory.path)
         tasks = forgotten.apply(tasks)
         if self.directory is None:
@@ -343,7 +349,15 @@ class SequentialTrainer:
             self.store.save(self._state())
             self.directory.status("running", **self._where())
         if self._stop:
-            raise Interrupted
+            where = f"interrupted at {self._place()}"
+            if self.directory is None:
+                raise Interrupted(f"{where}; nothing is kept, because this run has no directory")
+            again = "the same call or command again goes on from there"
+            raise Interrupted(f"{self.directory.path}: {where}, and saved; {again}")
+
+    def _place(self) -> str:
+        stage, count = self.position.stage, len(self.tasks)
+        return f"task {stage + 1} of {count}, step {self.position.step}" if stage < count else "the end of all tasks"
 
     def _where(self) -> dict[str, Any]:
         stage = self.position.stage
@@ -366,7 +380,7 @@ class SequentialTrainer:
             self.engine.start(self.strategy.parameters(), self.strategy.train_config(stage), 1)
             self.engine.load_state_dict(saved["engine"])
         self.run.streams.load_state_dict(saved["streams"])
-        self.progress.say(f"resuming at task {self.position.stage + 1} of {len(self.tasks)}, step {self.position.step}")
+        self.progress.say(f"resuming at {self._place()}")
 
     def _request_stop(self) -> None:
         self._asked = True

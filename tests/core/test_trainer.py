@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import traceback
 from pathlib import Path
 
 import numpy as np
@@ -102,9 +105,6 @@ def test_an_unwritable_place_is_one_clear_error(text_content, tmp_path):
 
 
 def test_control_c_saves_the_state_and_the_same_command_goes_on(text_content, tmp_path, monkeypatch):
-    import os
-    import signal
-
     whole = run(text_content, output_dir=str(tmp_path / "whole"))
     plain = Strategy.after_step
 
@@ -115,12 +115,37 @@ def test_control_c_saves_the_state_and_the_same_command_goes_on(text_content, tm
 
     with monkeypatch.context() as patch:
         patch.setattr(Strategy, "after_step", press)
-        with pytest.raises(Interrupted):
+        with pytest.raises(Interrupted) as stopped:
             run(text_content)
+    text = f"{text_content['output_dir']}: interrupted at task 1 of 3, step 3, and saved; the same call"
+    assert str(stopped.value).startswith(text)
+    shown = traceback.format_exception(stopped.value)
+    assert shown[-1].startswith(f"clkit.signals.Interrupted: {text}")
+    assert sum(line.startswith("  File") for line in shown) <= 4, "frames of the training loop tell the user nothing"
     directory = RunDirectory(text_content["output_dir"])
     assert directory.read("status.json")["state"] == "interrupted"
     assert directory.checkpoints.load()["position"]["total_steps"] == 3
     assert run(text_content).metrics == whole.metrics
+
+
+def test_control_c_outside_a_step_says_how_to_go_on_too(text_content, monkeypatch):
+    def press(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("clkit.build.make_model", press)
+    with pytest.raises(KeyboardInterrupt, match="interrupted; the same call or command again goes on") as stopped:
+        run(text_content)
+    assert str(stopped.value).startswith(f"{text_content['output_dir']}: ")
+
+
+def test_control_c_without_a_directory_says_that_nothing_is_kept(monkeypatch):
+    from clkit.tasks import build_tasks
+    from clkit.trainer import SequentialTrainer
+
+    monkeypatch.setattr(Strategy, "after_step", lambda self: os.kill(os.getpid(), signal.SIGINT))
+    net = torch.nn.Sequential(torch.nn.Linear(64, 10))
+    with pytest.raises(Interrupted, match="interrupted at task 1 of 5, step 1; nothing is kept"):
+        SequentialTrainer(net, "naive").fit(build_tasks("digits", {"train_limit": 20}))
 
 
 def test_a_module_a_strategy_by_name_and_a_few_sections_are_enough(tmp_path):
