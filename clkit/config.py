@@ -187,7 +187,7 @@ class Plugin:
 class RunConfig:
     """One run. ``tasks``, ``strategy`` and ``engine`` are plug-ins, with the options of the one that is named."""
 
-    name: str = opt("run", "what the run is called in tables")
+    name: str = opt("", "what the run is called in tables and reports; empty: the last part of output_dir")
     output_dir: str = opt("runs/run", "the run directory")
     seed: int = opt(0, "seed of everything random", min=0, max=2**63 - 1)
     model: ModelConfig = opt(ModelConfig, "model")

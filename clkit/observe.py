@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from clkit.rundir import RunDirectory
 from clkit.scores import Scores
 from clkit.strategy import Position, Strategy
 from clkit.tasks.base import EditExamples, Examples, LabelledExamples, Task, TaskSequence, TextExamples
+from clkit.tasks.images import thumbnail
 from clkit.tracking import Tracker, open_trackers, scalars
 
 SAMPLES = "samples.json"
@@ -35,12 +37,13 @@ class Observer:
         self._directory, self._config, self._position = directory, config, position
         self._trackers: list[Tracker] = []
         self._samples: dict[str, list[dict[str, Any]]] = {}
+        self._names: dict[str, str] = {}
 
     def begin(self, tasks: TaskSequence, scores: Scores, *, resumed: bool) -> None:
         """Say what the run is about, or that it goes on; open the trackers."""
         if self._directory is None:
             return
-        config = self._config
+        config, self._names = self._config, _class_names([*tasks, *tasks.holdout])
         self._trackers = open_trackers(
             config.tracking.to, self._directory, config.name, to_dict(config), self._position.total_steps
         )
@@ -49,7 +52,16 @@ class Observer:
             self.event("resume")
             return
         names = {"tasks": [t.name for t in tasks], "holdout": [t.name for t in tasks.holdout]}
-        self.event("start", **names, task_metrics=scores.task_metrics, higher_is_better=scores.higher_is_better)
+        holds = [
+            {
+                "train": len(task.train),
+                "eval": len(task.eval),
+                "classes": [self._names.get(str(c), str(c)) for c in task.classes or ()],
+            }
+            for task in tasks
+        ]
+        better = scores.higher_is_better
+        self.event("start", **names, task_metrics=scores.task_metrics, higher_is_better=better, holds=holds)
 
     def event(self, kind: str, **fields: Any) -> None:
         """Append one line to ``events.jsonl`` and hand its numbers to the trackers."""
@@ -71,8 +83,9 @@ class Observer:
             {
                 "id": detail.id,
                 "prompt": _prompt(task.eval, i),
-                "gold": _short(_named(task, detail.gold)),
-                "prediction": _short(_named(task, detail.prediction)),
+                "picture": _picture(task, i),
+                "gold": _short(self._named(task, detail.gold)),
+                "prediction": _short(self._named(task, detail.prediction)),
                 "value": detail.value,
             }
             for i, detail in enumerate(score.details[:count])
@@ -82,6 +95,10 @@ class Observer:
         learned = [entry for entry in kept if entry["stage"] in (-1, column)]
         self._samples[task.name] = [*learned, {"stage": stage, "when": when, "metric": score.metric, "rows": rows}]
         self._directory.write(SAMPLES, self._samples)
+
+    def _named(self, task: Task, value: str | None) -> str | None:
+        """A class by its name, where the task has names."""
+        return self._names.get(value, value) if task.kind == "classification" and value is not None else value
 
     def cost(self, tasks: TaskSequence, stage: int, strategy: Strategy) -> None:
         """Write down what learning up to ``stage`` takes: parameters, bytes of model and exemplars, peak memory."""
@@ -116,14 +133,24 @@ def _prompt(examples: Examples, i: int) -> str | None:
     return None
 
 
-def _named(task: Task, value: str | None) -> str | None:
-    """A class by its name, where the task has names."""
-    names = task.metadata.get("class_names")
-    if task.kind != "classification" or not names or value is None or not value.isdigit():
-        return value
-    if isinstance(names, dict):
-        return str(names.get(value, value))
-    return str(names[int(value)]) if int(value) < len(names) else value
+def _picture(task: Task, i: int) -> str | None:
+    """The image of a record, small, where it is one: ``image_shape`` in a task's metadata says what vectors show."""
+    examples = task.eval
+    if not isinstance(examples, LabelledExamples) or isinstance(examples.inputs, tuple):
+        return None
+    pixels = examples.inputs[torch.tensor([i])][0]
+    shape = task.metadata.get("image_shape")
+    pixels = pixels.reshape(tuple(shape)) if shape else pixels
+    return thumbnail(pixels) if pixels.ndim == 3 and pixels.shape[0] in (1, 3) else None
+
+
+def _class_names(tasks: Iterable[Task]) -> dict[str, str]:
+    """The name of each class of all tasks, by its number; a task names its own classes in their order."""
+    return {
+        str(number): str(name)
+        for task in tasks
+        for number, name in zip(task.classes or (), task.metadata.get("class_names", ()), strict=False)
+    }
 
 
 def _short(text: str | None) -> str | None:

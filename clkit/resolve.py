@@ -156,6 +156,7 @@ def validate(content: Mapping[str, Any], origin: str = "config", overridden: Ite
         if plugin is not None:
             setattr(config, section, plugin)
     if not problems:
+        config.name = config.name or Path(config.output_dir).absolute().name
         problems += _cross_checks(config)
     if problems:
         over = set(overridden)

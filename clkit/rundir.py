@@ -125,20 +125,32 @@ class RunDirectory:
     def begin(self, config: dict[str, Any], facts: dict[str, Any]) -> None:
         """Write ``config.yaml`` and ``run.json``, or check that they are those of the run that is here.
 
+        A run that failed before its first checkpoint has learned nothing: another one may take its place.
+
         Raises:
             CheckpointError: the directory holds a run with another configuration or other data, or a damaged run.
         """
         file = self.path / "config.yaml"
         if file.exists():
-            self._refuse(self.differences(config, facts["data"]), _clkit_versions(self._object("run.json"), facts))
-            return
-        if self.checkpoints.list():
+            changed = self.differences(config, facts["data"])
+            if not (changed and self._in_vain):
+                self._refuse(changed, _clkit_versions(self._object("run.json"), facts))
+                return
+            self.clear()
+        elif self.checkpoints.list():
             raise CheckpointError(
                 f"{file}: missing, though there are checkpoints. "
                 "Restore it, choose another output_dir, or start again with --fresh."
             )
         write_json(self.path / "run.json", facts)
         write_text(file, OmegaConf.to_yaml(OmegaConf.create(config)))
+
+    @property
+    def _in_vain(self) -> bool:
+        """Whether the run that is here stopped before anything of it was kept."""
+        ended = self.state.get("state") in ("failed", "interrupted")
+        kept = [p for p in (self.path / "checkpoints").glob("*") if not p.name.startswith(".")]
+        return ended and not kept and not (self.path / "matrix.json").exists()
 
     def differences(self, config: dict[str, Any], data: dict[str, Any]) -> list[str]:
         """Where the run that is here differs in what changes its numbers; empty when there is none.

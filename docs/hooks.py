@@ -7,7 +7,7 @@ import importlib
 import inspect
 import posixpath
 import re
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,7 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
 
 def options() -> str:
     """Every option with its default, range and help, from the dataclasses."""
-    from clkit.config import EngineConfig, RunConfig
+    from clkit.config import EngineConfig, RunConfig, StrategyConfig
     from clkit.engine import ENGINES
     from clkit.registry import STRATEGIES
     from clkit.tasks import SOURCES
@@ -61,6 +61,11 @@ def options() -> str:
     kinds = (("strategy", "Strategies", STRATEGIES), ("tasks", "Task sources", SOURCES), ("engine", "Engines", ENGINES))
     for key, title, registry in kinds:
         lines += ["", f"## {title}", ""]
+        common: set[tuple[str, str, str]] = set()
+        if key == "strategy":
+            common = set(_rows(StrategyConfig, "strategy."))
+            lines += ["### every strategy", "", "A rehearsal buffer, off by default. Below stands what differs.", ""]
+            lines += _table(StrategyConfig, "strategy.")
         for name in sorted(registry.names()):
             plugin = registry.get(name)
             lines += [
@@ -68,7 +73,7 @@ def options() -> str:
                 "",
                 _first(plugin),
                 "",
-                *_table(getattr(plugin, "config_class", EngineConfig), f"{key}."),
+                *_table(getattr(plugin, "config_class", EngineConfig), f"{key}.", common),
                 "",
             ]
     return "\n".join(lines)
@@ -84,8 +89,9 @@ def own_options(match: re.Match[str]) -> str:
     return "\n".join(["| option | default | |", "|---|---|---|", *(f"| `{n}` | {d} | {text} |" for n, d, text in rows)])
 
 
-def _table(cls: type, prefix: str) -> list[str]:
-    rows = [f"| `{name}` | {default} | {text} |" for name, default, text in _rows(cls, prefix)]
+def _table(cls: type, prefix: str, but: Container[tuple[str, str, str]] = ()) -> list[str]:
+    kept = [row for row in _rows(cls, prefix) if row not in but]
+    rows = [f"| `{name}` | {default} | {text} |" for name, default, text in kept]
     return ["| option | default | |", "|---|---|---|", *rows] if rows else ["No options of its own."]
 
 
@@ -99,9 +105,11 @@ def _rows(cls: type, prefix: str) -> Iterator[tuple[str, str, str]]:
             yield from _rows(type(made), f"{prefix}{field.name}.")
             continue
         about = dict(field.metadata)
-        limits = [f"at least {about['min']:g}"] if "min" in about else []
-        limits += [f"above {about['above']:g}"] if "above" in about else []
-        limits += [f"at most {about['max']:g}"] if "max" in about else []
+        limits = [
+            f"{word} {about[key]:{'d' if isinstance(about[key], int) else 'g'}}"
+            for key, word in (("min", "at least"), ("above", "above"), ("max", "at most"))
+            if key in about
+        ]
         limits += ["one of " + ", ".join(f"`{c}`" for c in about["choices"])] if "choices" in about else []
         text = str(about.get("help", "")) + (f" ({'; '.join(limits)})" if limits else "")
         default = "required" if made is dataclasses.MISSING else f"`{made!r}`"

@@ -46,7 +46,8 @@ def _report(arguments: Any) -> None:
     first = arguments.run_dirs[0] if arguments.run_dirs else arguments.sweep
     target = arguments.output or first / "report.html"
     figures = None if arguments.no_figures else target.with_name(f"{target.stem}_figures")
-    write_report(results, target, edits=edits, figures=figures)
+    title = "" if arguments.run_dirs else f"Sweep {arguments.sweep.absolute().name}"
+    write_report(results, target, edits=edits, figures=figures, title=title)
     print(target)
     if figures is not None:
         print(f"{figures}: the figures as SVG and PNG")

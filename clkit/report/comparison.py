@@ -40,10 +40,10 @@ class Entry:
 
     @property
     def memory(self) -> float | None:
-        """MiB of model and exemplars after the last task."""
+        """Bytes of model and exemplars after the last task."""
         cost = self.history.last_cost
         model, exemplars = cost.get("model_bytes"), cost.get("exemplar_bytes")
-        return None if model is None or exemplars is None else (model + exemplars) / 2**20
+        return None if model is None or exemplars is None else float(model + exemplars)
 
     def value(self, key: str) -> float | None:
         """A metric, None where undefined."""
@@ -154,9 +154,9 @@ def direction(groups: Sequence[Group], key: str) -> str:
 
 
 # --- figures ---------------------------------------------------------------------------------------------------------
-def drawings(groups: Sequence[Group]) -> list[Drawing]:
-    """Figures about all groups together."""
-    found = [
+def means(groups: Sequence[Group]) -> list[Drawing]:
+    """Accuracy and forgetting of each group."""
+    return [
         Drawing(
             f"compare-{key}",
             f"{key.replace('_', ' ').capitalize()} of each setting",
@@ -167,8 +167,13 @@ def drawings(groups: Sequence[Group]) -> list[Drawing]:
         for key in PAIRED
         if any(g.values(key) for g in groups)
     ]
-    fronts = direction(groups, "average_accuracy") == "higher"  # up is better
-    if fronts and sum(bool(g.values("forgetting")) for g in groups) > 1:
+
+
+def fronts(groups: Sequence[Group]) -> list[Drawing]:
+    """Accuracy against forgetting and against memory; none where a lower accuracy is better."""
+    found = []
+    up = direction(groups, "average_accuracy") == "higher"
+    if up and sum(bool(g.values("forgetting")) for g in groups) > 1:
         found.append(
             Drawing(
                 "compare-pareto-forgetting",
@@ -182,7 +187,8 @@ def drawings(groups: Sequence[Group]) -> list[Drawing]:
             )
         )
     spent = [(g.label, [e.memory for e in g.entries if e.memory is not None]) for g in groups]
-    if fronts and sum(bool(memory) for _, memory in spent) > 1:
+    unit, size = _unit([m for _, memory in spent for m in memory])
+    if up and sum(bool(memory) for _, memory in spent) > 1:
         found.append(
             Drawing(
                 "compare-pareto-memory",
@@ -191,13 +197,27 @@ def drawings(groups: Sequence[Group]) -> list[Drawing]:
                 lambda axes: _pareto(
                     axes,
                     [
-                        (label, memory, g.values("average_accuracy"))
+                        (label, [m / size for m in memory], g.values("average_accuracy"))
                         for (label, memory), g in zip(spent, groups, strict=True)
                     ],
-                    "model and exemplars (MiB)",
+                    f"model and exemplars ({unit})",
                 ),
             )
         )
+    return found
+
+
+def _unit(sizes: Sequence[float]) -> tuple[str, int]:
+    """The unit that the largest of some sizes is told in, and its bytes."""
+    for power, unit in ((3, "GiB"), (2, "MiB")):
+        if max(sizes, default=0) >= 1024**power:
+            return unit, 1024**power
+    return "KiB", 1024
+
+
+def gaps(groups: Sequence[Group]) -> list[Drawing]:
+    """Paired differences to the first group."""
+    found = []
     for key in PAIRED:
         if rows := differences(groups, key):
             found.append(

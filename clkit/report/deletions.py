@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from clkit.report.figures import INK, MUTED, SERIES, Drawing, axis, legend_below, shortened, styles
+from clkit.report.figures import MUTED, SERIES, Drawing, axis, legend_below, shortened, styles
 from clkit.unlearning.ledger import CERTIFICATE, FILE, Ledger, find_folder
 
 _SIDES = {"forgotten": "forgotten", "retained": "retained", "never_seen": "never seen"}
@@ -37,6 +37,11 @@ class Deletion:
         """Name, outcome and the figures that are read as text; curves and scores are drawn."""
         return [(c["name"], c["passed"], _read(c["figures"])) for c in self.content["verification"]]
 
+    @property
+    def reasons(self) -> bool:
+        """Whether the ledger gives a reason for any state."""
+        return any(reason for _, reason, _ in self.history)
+
     def drawings(self, name: str) -> list[Drawing]:
         """What the figures of its checks allow; those of certificates before a figure was written are left out."""
         figures = {check["name"]: check["figures"] for check in self.content["verification"]}
@@ -62,17 +67,20 @@ class Deletion:
                     "Utility: final score of each task",
                     "Before (ring) and after (dot) the deletion.",
                     partial(_pairs, pairs=scores, label="score", of="task"),
-                    (340, max(190, 110 + 20 * len(scores))),
+                    (340, max(190, 110 + 34 * len(scores))),
                 )
             )
         attacks = {k: v for k, v in figures.get("membership", {}).items() if isinstance(v, dict) and "roc" in v}
         if attacks:
+            sizes = figures["membership"].get("n")
+            over = f", over {sizes[0]} forgotten and {sizes[1]} never-seen records" if sizes else ""
             found.append(
                 Drawing(
                     f"{name}-roc",
                     "Membership inference after the deletion",
-                    "Each attack's share of forgotten records found, against never-seen ones accused. On the diagonal "
-                    "it can't tell them apart.",
+                    "Each attack's share of forgotten records found, against never-seen ones accused"
+                    f"{over}. On the diagonal it can't tell them apart; below it "
+                    "forgotten records look less learned than never-seen ones.",
                     partial(_roc, attacks=attacks),
                     (340, 290),
                 )
@@ -110,12 +118,14 @@ def _read(figures: Mapping[str, Any]) -> dict[str, Any]:
     """Figures as short texts."""
     shown: dict[str, Any] = {}
     for key, value in figures.items():
+        if key in ("scores", "probability", "seed", "confidence"):  # drawn, or of use to nobody who reads
+            continue
+        key = "records (forgotten / never seen)" if key == "n" else key
         if isinstance(value, dict):
             parts = {k: v for k, v in value.items() if k != "roc"}
             shown[key] = ", ".join(f"{k} {_text(v)}" for k, v in parts.items())
-        elif key != "scores":
+        else:
             shown[key] = _text(value)
-    shown.pop("scores", None)
     return shown
 
 
@@ -124,7 +134,9 @@ def _text(value: Any) -> str:
         return f"{value:.4g}"
     if isinstance(value, list) and len(value) == 3 and all(isinstance(v, float) for v in value):
         return f"{value[0]:.3f} [{value[1]:.3f}, {value[2]:.3f}]"
-    return " / ".join(map(_text, value)) if isinstance(value, list) and value else str(value)
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return " / ".join(map(_text, value)) or "none" if isinstance(value, list) else str(value)
 
 
 def _pairs(axes: Any, pairs: Pairs, label: str, of: str) -> None:
@@ -133,11 +145,11 @@ def _pairs(axes: Any, pairs: Pairs, label: str, of: str) -> None:
         axes.plot([before, after], [y, y], color=MUTED, linewidth=1.2, zorder=1)
         axes.plot([before], [y], "o", color=SERIES[0], fillstyle="none", label="before" if y == 0 else None)
         axes.plot([after], [y], "o", color=SERIES[1], label="after" if y == 0 else None)
-        axes.annotate(f"{before:.3g} \u2192 {after:.3g}", (max(before, after), y), (6, 0), textcoords="offset points",
-                      va="center", fontsize=8, color=INK)  # fmt: skip
-    axes.set_yticks(range(len(pairs)), shortened(list(pairs)))
+    shown = zip(shortened(list(pairs)), pairs.values(), strict=True)
+    axes.set_yticks(range(len(pairs)), [f"{name}\n{before:.3f} \u2192 {after:.3f}" for name, (before, after) in shown])
     axes.set_ylim(len(pairs) - 0.5, -0.5)
-    axes.margins(x=0.3)
+    if all(0 <= value <= 1 for pair in pairs.values() for value in pair):
+        axes.set_xlim(-0.03, 1.03)
     axes.grid(axis="y", visible=False)
     axis(axes, label, of)
     legend_below(axes, 2)

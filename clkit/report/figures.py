@@ -20,11 +20,11 @@ _VARIABLES = {INK: "--ink", MUTED: "--muted", GRID: "--grid", PAPER: "--paper"} 
 _STYLE: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "clkit",
-    "font.size": 9,
-    "axes.titlesize": 10,
+    "font.size": 10,
+    "axes.titlesize": 11,
     "axes.titleweight": "bold",
     "axes.titlelocation": "left",
-    "figure.titlesize": 10,
+    "figure.titlesize": 11,
     "figure.titleweight": "bold",
     "axes.labelcolor": MUTED,
     "axes.edgecolor": MUTED,
@@ -42,7 +42,7 @@ _STYLE: Any = {
     "xtick.major.size": 2.5,
     "ytick.major.size": 2.5,
     "legend.frameon": False,
-    "legend.fontsize": 8,
+    "legend.fontsize": 9,
     "lines.linewidth": 1.6,
     "lines.markersize": 4,
     "figure.dpi": 72,
@@ -152,16 +152,25 @@ def styles(count: int) -> list[dict[str, str]]:
     return list(islice(cycle(pairs), count))
 
 
-def legend_below(axes: Any, count: int) -> None:
-    """A legend that takes no room from what is drawn."""
+def legend_below(axes: Any, count: int, most: int = 4) -> None:
+    """A legend that takes no room from what is drawn, read line by line; at most ``most`` names in a line."""
     if count > 1:
-        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=min(4, count), handlelength=1.6)
+        handles, labels = axes.get_legend_handles_labels()
+        columns = min(most, -(-count // -(-count // most)))
+        # Matplotlib fills column after column.
+        order = [k for column in range(columns) for k in range(column, len(handles), columns)]
+        axes.legend(
+            [handles[k] for k in order], [labels[k] for k in order],
+            loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=columns, handlelength=1.6,
+        )  # fmt: skip
 
 
 def axis(axes: Any, x: str, y: str) -> None:
-    """Name both axes."""
+    """Name both axes; what is counted along x has whole numbers."""
     axes.set_xlabel(x)
     axes.set_ylabel(y)
+    if x in ("optimiser steps", "edits"):
+        axes.xaxis.get_major_locator().set_params(integer=True)
 
 
 def shortened(names: Sequence[str], length: int = 14) -> list[str]:

@@ -26,13 +26,19 @@ from clkit.scores import Scores
 
 if TYPE_CHECKING:
     from jinja2 import Environment
+    from markupsafe import Markup
 
 _CARDS = ("average_accuracy", "forgetting", "bwt", "learning_accuracy")
 _OPEN = 4  # so many runs have their sections open from the start
 
 
 def write_report(
-    results: Sequence[RunResult], path: Path, *, edits: Sequence[Edits] = (), figures: Path | None = None
+    results: Sequence[RunResult],
+    path: Path,
+    *,
+    edits: Sequence[Edits] = (),
+    figures: Path | None = None,
+    title: str = "",
 ) -> None:
     """Write the page; it loads nothing from anywhere else.
 
@@ -41,8 +47,9 @@ def write_report(
         path: the file.
         edits: directories of edits to show.
         figures: a directory for the figures as SVG and PNG; None writes none.
+        title: stands above it; the names of the runs when empty.
     """
-    page, drawn = render(results, edits)
+    page, drawn = render(results, edits, title=title)
     write_text(path, page)
     if figures is not None:
         with disk_errors(figures):
@@ -51,7 +58,9 @@ def write_report(
                 drawing.save(figures)
 
 
-def render(results: Sequence[RunResult], edits: Sequence[Edits] = (), live: bool = False) -> tuple[str, list[Drawing]]:
+def render(
+    results: Sequence[RunResult], edits: Sequence[Edits] = (), live: bool = False, title: str = ""
+) -> tuple[str, list[Drawing]]:
     """The page and its figures; ``live`` adds the script that fetches it anew from where it was served."""
     from markupsafe import Markup
 
@@ -70,7 +79,7 @@ def render(results: Sequence[RunResult], edits: Sequence[Edits] = (), live: bool
         _environment()
         .get_template("page.html.j2")
         .render(
-            title=_title(results, edits),
+            title=title or _title(results, edits),
             runs=[_run(*about, len(entries) == 1) for about in zip(entries, names, told, strict=True)],
             comparison=_comparison(entries, names, told) if len(entries) > 1 else None,
             edited=edited,
@@ -102,6 +111,7 @@ def _environment() -> Environment:
         loader=PackageLoader("clkit", "report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
     environment.filters |= {"number": _number, "bytes": _bytes, "seconds": _seconds, "moment": _moment}
+    environment.filters |= {"title": _spelled, "breakable": _breakable}
     return environment
 
 
@@ -170,7 +180,9 @@ def _comparison(entries: Sequence[comparison.Entry], names: Sequence[str], told:
         "summary": summary,
         "summary_keys": [(k, comparison.direction(groups, k)) for k in _CARDS if _any(entries, k)],
         "paired": {k: comparison.differences(groups, k) for k in comparison.PAIRED},
-        "drawings": comparison.drawings(groups),
+        "means": comparison.means(groups),
+        "fronts": comparison.fronts(groups),
+        "gaps": comparison.gaps(groups),
         "multiples": comparison.multiples(groups),
     }
 
@@ -206,6 +218,7 @@ def _run(entry: comparison.Entry, name: str, told: str, alone: bool) -> dict[str
         "strategy": entry.config.get("strategy", {}).get("name", ""),
         "model": entry.config.get("model", {}).get("name", ""),
         "seed": entry.config.get("seed", ""),
+        "told": _tasks_told(result.tasks, history.start.get("holds")),
         "samples": (directory.read("samples.json") or {}) if directory else {},
         "status": (directory.read("status.json") or {}) if directory else {},
         "facts": (directory.read("run.json") or {}) if directory else {},
@@ -213,9 +226,30 @@ def _run(entry: comparison.Entry, name: str, told: str, alone: bool) -> dict[str
         "where": str(result.run_dir) if result.run_dir else "",
         "snippet": result.snippet,
         "edits": edits,
+        "edited": edits.means if edits is not None else {},
         "deletions": deletions(directory.path) if directory is not None else [],
         "alone": alone,
     }
+
+
+def _tasks_told(tasks: Sequence[str], holds: Sequence[dict[str, Any]] | None) -> str:
+    """How many tasks, how large, and which classes each has."""
+    count = f"{len(tasks)} task{'s' if len(tasks) > 1 else ''}"
+    if not holds:
+        return f"{count}: {', '.join(tasks)}"
+    sizes = [_range([held[part] for held in holds]) for part in ("train", "eval")]
+    names = []
+    for task, held in zip(tasks, holds, strict=True):
+        classes = held["classes"]
+        few = 0 < len(classes) <= 6 and sum(map(len, classes)) <= 60
+        shown = ", ".join(classes) if few else f"{len(classes)} classes"
+        names.append(f"{task} ({shown})" if classes else task)
+    return f"{count} of {sizes[0]} training and {sizes[1]} evaluation records: {', '.join(names)}"
+
+
+def _range(sizes: Sequence[int]) -> str:
+    low, high = min(sizes), max(sizes)
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
 
 
 def _final_model(result: RunResult, history: History) -> int | None:
@@ -230,6 +264,7 @@ def _table(result: RunResult, scores: Scores) -> dict[str, Any]:
     shades = plots.shades(rows, scores.higher_is_better)
     titles = ["before training", *(f"after {t}" for t in result.tasks)]
     return {
+        "learned": len(result.tasks),
         "columns": list(zip([*result.tasks, *result.holdout], scores.task_metrics, strict=True)),
         "rows": [
             (title, [(v, 0 if v != v else round(100 * s)) for v, s in zip(row, shade, strict=True)])
@@ -273,6 +308,18 @@ def so_far(run_dir: Path) -> RunResult | None:
     return RunResult.load(run_dir) if directory.finished else result_so_far(run_dir)
 
 
+def _spelled(key: str) -> str:
+    """A metric's name for people."""
+    return {"bwt": "backward transfer (BWT)", "fwt": "forward transfer (FWT)"}.get(key, key.replace("_", " "))
+
+
+def _breakable(name: str) -> Markup:
+    """A name that may be broken behind its underscores."""
+    from markupsafe import Markup, escape
+
+    return Markup("_<wbr>").join(escape(part) for part in name.split("_"))
+
+
 def _number(value: float | None) -> str:
     return "–" if value is None or value != value else f"{value:.4f}"
 
@@ -295,4 +342,4 @@ def _seconds(value: float) -> str:
 
 
 def _moment(value: float) -> str:
-    return datetime.datetime.fromtimestamp(value, datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
+    return datetime.datetime.fromtimestamp(value, datetime.timezone.utc).strftime("%Y-%m-%d %H:%M:%S UTC")

@@ -180,7 +180,7 @@ def forgetting(axes: Any, result: RunResult) -> None:
     bars = axes.barh(names, values, color=[SERIES[1] if v > 0 else SERIES[2] for v in values], height=0.6)
     axes.bar_label(bars, [f"{v:.3f}" for v in values], padding=3, fontsize=8, color=INK)
     axes.axvline(0, color=MUTED, linewidth=0.8)
-    axes.invert_yaxis()
+    axes.set_ylim(max(len(values), 3) - 0.5, -0.5)  # one bar alone would fill the figure
     axes.margins(x=0.18)
     axes.grid(axis="y", visible=False)
     axis(axes, "forgetting (lower is better)", "task")
@@ -195,7 +195,8 @@ def curves(axes: Any, series: dict[str, Series], history: History, label: str) -
     if min(everything) > 0 and max(everything) > 20 * min(everything):
         axes.set_yscale("log")
     _boundaries(axes, history)
-    axis(axes, "optimiser steps", label)
+    only = next(iter(series)) if len(series) == 1 else label
+    axis(axes, "optimiser steps", label if only == label else f"{label}: {only.replace('_', ' ')}")
     legend_below(axes, len(series))
 
 

@@ -62,6 +62,11 @@ class Edits:
         return list(self.final.get("rows", []))
 
     @property
+    def means(self) -> dict[str, float]:
+        """Reliability, generalisation and locality of all edits at the end, as far as they were scored."""
+        return dict(self.standing[-1]["means"]) if self.standing else {}
+
+    @property
     def routes(self) -> dict[str, list[dict[str, Any]]]:
         """How queries were routed on the final model (else right after each edit), by what kind of query it was."""
         rows = [row["routes"] for row in self.scored or self.made if row.get("routes")]
@@ -82,7 +87,8 @@ class Edits:
                 f"{name}-edits",
                 "Score right after each edit",
                 "Running mean over the edits so far: of the prompt itself (reliability), of the rephrased prompt "
-                "(generalisation) and of the unrelated prompt (locality), where the request has one.",
+                "(generalisation) and of the unrelated prompt (locality), where the request has one. Locality is "
+                "compared with the answer that the request names: what the unedited model gets wrong counts as wrong.",
                 lambda axes: _along(axes, self.made),
             )
         ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -99,3 +100,4 @@ def _summary(directory: Path) -> None:
     summary = summarise(directory)
     print(f"\n{markdown(summary)}\n")
     print("Written: " + ", ".join(str(path) for path in write(summary, directory)))
+    print(f"To look at: clkit report --sweep {shlex.quote(str(directory))}")

@@ -191,7 +191,7 @@ class Task:
         kind: ``classification`` (LabelledExamples), ``text`` (TextExamples) or ``edit`` (EditExamples).
         metric: the name of the score that fills the matrix R (see ``clkit ls metrics``).
         classes: the classes of this task, for classification.
-        metadata: free JSON; ``class_names`` is used in reports.
+        metadata: free JSON; reports use ``class_names``, and ``image_shape`` (C, H, W) where vectors are images.
     """
 
     name: str

@@ -56,4 +56,5 @@ class DigitsSource(TaskSource):
         inputs = inputs.flatten(1) if config.flat else inputs.unsqueeze(1)
         every = LabelledExamples(inputs, torch.from_numpy(labels).long(), pixel_ids(pixels.astype(np.uint8)))
         train, eval = held_out(every.ids, labels.tolist(), config.eval_fraction, seed)
-        return split_examples(every.subset(train), every.subset(eval), NAMES, config, seed)
+        shape = {"image_shape": (1, 8, 8)}
+        return split_examples(every.subset(train), every.subset(eval), NAMES, config, seed, metadata=shape)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -26,6 +28,28 @@ def to_array(image: Image.Image, mode: str, size: int = 0) -> NDArray[np.uint8]:
         image = ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR)
     array = np.array(image)  # a copy, because torch wants to own what it writes to
     return np.ascontiguousarray(array[None] if array.ndim == 2 else array.transpose(2, 0, 1))
+
+
+def thumbnail(pixels: Tensor, size: int = 48) -> str:
+    """A small PNG of an image as a ``data:`` address, for a page.
+
+    Args:
+        pixels: (C, H, W) with one or three channels; uint8, or numbers from 0 to 1; another range is stretched to it.
+        size: the longer side is at most this many pixels.
+    """
+    values = pixels.detach().to("cpu")
+    if values.dtype != torch.uint8:
+        values = values.float()
+        low, high = values.min(), values.max()
+        if low < 0 or high > 1:
+            values = (values - low) / (high - low)
+        values = (values * 255).round().to(torch.uint8)
+    array = values.permute(1, 2, 0).numpy()
+    image = Image.fromarray(np.ascontiguousarray(array[..., 0] if array.shape[2] == 1 else array))
+    image.thumbnail((size, size))
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def unique_ids(ids: Iterable[str], count: dict[str, int] | None = None) -> list[str]:

@@ -103,7 +103,7 @@ class ExactReplay(Method):
         """Put the checkpoint into a new run directory, and go on as after any interruption."""
         from clkit import api
 
-        config = dataclasses.replace(build.located(case.config), output_dir=str(directory))
+        config = dataclasses.replace(build.located(case.config), output_dir=str(directory), name=directory.name)
         target = RunDirectory(directory, config.checkpoint.keep)
         with target.locked():
             if not target.finished and not target.checkpoints.list():

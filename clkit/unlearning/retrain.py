@@ -32,7 +32,7 @@ class Retrain(Method):
 
         # The tasks are assembled again from the configuration, and the tombstones leave the records out. A gate checks
         # that its data are those of `case.retained`.
-        config = dataclasses.replace(self.changed(case.config), output_dir=str(directory))
+        config = dataclasses.replace(self.changed(case.config), output_dir=str(directory), name=directory.name)
         api.run(config, progress=Progress(enabled=False))
         return directory
 

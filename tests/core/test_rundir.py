@@ -192,6 +192,33 @@ def test_a_refusal_names_both_versions_of_clkit_when_they_differ(begun):
         begun.begin(config(seed=5), FACTS)
 
 
+@pytest.mark.parametrize("kept", ["checkpoints/00000001", "checkpoints/bad-00000001", "matrix.json", None])
+def test_a_run_that_failed_before_anything_was_kept_makes_way_for_another(tmp_path, kept):
+    directory = RunDirectory(tmp_path / "run")
+    directory.path.mkdir()
+    directory.begin(config(), FACTS)
+    directory.status("failed")
+    (directory.path / "notes.txt").write_text("mine")
+    if kept is not None:
+        (directory.path / kept).mkdir(parents=True)
+        with pytest.raises(CheckpointError, match="holds a run with another configuration"):
+            directory.begin(config(seed=5), FACTS)
+        return
+    directory.begin(config(seed=5), FACTS)
+    assert resolve.load(directory.path / "config.yaml").seed == 5
+    assert (directory.path / "notes.txt").exists() and not directory.state
+
+
+def test_a_run_that_goes_on_makes_way_for_none(tmp_path):
+    directory = RunDirectory(tmp_path / "run")
+    directory.path.mkdir()
+    directory.begin(config(), FACTS)
+    for state in ("created", "running"):
+        directory.status(state)
+        with pytest.raises(CheckpointError, match="holds a run with another configuration"):
+            directory.begin(config(seed=5), FACTS)
+
+
 def test_an_option_that_is_gone_is_a_difference_and_not_a_traceback(begun):
     file = begun.path / "config.yaml"
     file.write_text(file.read_text() + "gone: 1\n")

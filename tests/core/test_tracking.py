@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import time
 
+import numpy as np
 import pytest
 
 from clkit import resolve
@@ -124,3 +127,32 @@ def test_cost_counts_parameters_and_exemplars(vision_content):
     assert cost["model_bytes"] == 4 * (cost["parameters"] + 2)  # scale and shift of the inputs
     assert cost["exemplars"] == 5 and cost["exemplar_bytes"] == 5 * 64 * 4
     assert cost["peak_memory_bytes"] > 10 * 2**20
+
+
+@pytest.mark.parametrize("flat", [True, False])
+def test_samples_of_images_show_the_image_and_name_classes_by_their_names(tmp_path, flat):
+    from PIL import Image
+    from sklearn.datasets import load_digits
+
+    content = {
+        "output_dir": str(tmp_path / "run"),
+        "model": {"name": "mlp"} if flat else {"name": "cifar-resnet-8"},
+        "tasks": {"source": "digits", "order_seed": 3, "flat": flat, "train_limit": 20, "eval_limit": 10},
+        "train": {"steps": 1},
+    }
+    run(resolve.validate(content))
+    start = json.loads((tmp_path / "run" / "events.jsonl").read_text().splitlines()[0])
+    assert sorted(name for held in start["holds"] for name in held["classes"]) == list("0123456789")
+    assert [(held["train"], held["eval"]) for held in start["holds"]] == [(40, 20)] * 5
+    images = {
+        image.astype("uint8").tobytes(): str(label) for image, label in zip(*load_digits(return_X_y=True), strict=True)
+    }
+    samples = json.loads((tmp_path / "run" / "samples.json").read_text())
+    for entries, held in zip(samples.values(), start["holds"], strict=True):
+        for row in (row for entry in entries for row in entry["rows"]):
+            head, _, data = row["picture"].partition(",")
+            image = Image.open(io.BytesIO(base64.b64decode(data)))
+            pixels = (np.asarray(image, dtype=float) / 255 * 16).round().astype("uint8").tobytes()
+            assert head == "data:image/png;base64" and image.size == (8, 8)
+            assert row["gold"] == images[pixels] and row["gold"] in held["classes"]
+            assert (row["prediction"] == row["gold"]) == (row["value"] == 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import re
 import subprocess
 import sys
@@ -42,6 +43,10 @@ def test_every_public_name_has_its_docstring_on_the_python_page(site):
         thing = getattr(clkit, name)
         assert (thing.__doc__ or "").strip(), f"clkit.{name} has no docstring"
         assert f"clkit.{name}" in page, name
+        for member, value in vars(thing).items() if inspect.isclass(thing) else ():
+            function = value.__func__ if isinstance(value, (classmethod, staticmethod)) else value
+            if not member.startswith("_") and (inspect.isfunction(function) or isinstance(value, property)):
+                assert (inspect.getdoc(getattr(thing, member)) or "").strip(), f"clkit.{name}.{member} has no docstring"
 
 
 def test_every_option_is_on_the_options_page(site):

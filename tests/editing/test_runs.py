@@ -88,6 +88,9 @@ def test_the_page_of_a_run_shows_scores_along_the_edits_routes_and_journal(name,
     write_report([result], tmp_path / "r.html")
     text = (tmp_path / "r.html").read_text()
     assert "Town 0 of 0?" in text and "6 edits" in text and all(t in text for t in titles)
+    cards = text.partition('<dl class="cards">')[2].partition("</dl>")[0]
+    for label, mean in edits.standing[-1]["means"].items():
+        assert f"<dt>{label}</dt><dd>{mean:.4f}<small>of all edits, at the end" in cards
     if name != "ft_layer":
         label, by_memory, base = edits.answered[0]
         assert label == "reliability" and by_memory + base == 6 and by_memory >= 5

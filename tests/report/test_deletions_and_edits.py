@@ -57,7 +57,7 @@ def test_the_page_shows_certificate_before_and_after_attacks_and_ledger(deletion
     ):  # fmt: skip
         assert part in text, part
     auc = figures(deletion)["membership"]["loss"]["auc"][0]
-    assert f"loss (AUC {auc:.2f})" in text and "roc" not in text
+    assert f"loss (AUC {auc:.2f})" in text and ", roc " not in text
     before, after = figures(deletion)["membership"]["probability"]["forgotten"]
     assert f"{before:.3g} → {after:.3g}" in text, "all digits that were written"
     ids = json.loads((deletion.parent.parent / "request.json").read_text())["scope"]["record_ids"]

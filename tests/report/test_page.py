@@ -58,7 +58,7 @@ def page(runs, tmp_path_factory) -> Page:
 def test_the_page_is_whole_and_loads_nothing(page):
     assert not page.open
     assert len(page.ids) == len(set(page.ids))
-    assert page.loads and all(link.startswith("#") or link == "data:," for link in page.loads)
+    assert page.loads and all(link.startswith(("#", "data:")) for link in page.loads)
     assert {link[1:] for link in page.loads if link.startswith("#")} <= set(page.ids)
     assert "@import" not in page.text and not re.search(r"url\((?!#)", page.text)
 
@@ -74,6 +74,8 @@ def test_everything_about_a_run_stands_in_its_page(runs, tmp_path):
         "Scores", "Score of each task along training", "Forgetting per task", "Loss terms", "Metrics", "Cost",
         "mean over i&lt;T of R[T,i]-R[i,i]", "peak memory", "before and after", "How to load the model",
         "How to repeat it", "clkit run", "Configuration", "Versions and hashes", "trainable parameters",
+        "3 tasks of", "training and", "task-1 (0, 1, 2, 3)", "loss: cross entropy", "backward transfer (BWT)",
+        '<img src="data:image/png;base64,',
     ):  # fmt: skip
         assert part in text, part
     svgs, pngs = sorted((tmp_path / "figures").glob("*.svg")), sorted((tmp_path / "figures").glob("*.png"))
@@ -81,6 +83,52 @@ def test_everything_about_a_run_stands_in_its_page(runs, tmp_path):
     for svg in svgs:
         assert ET.parse(svg).getroot().tag.endswith("svg")
     assert all(png.read_bytes().startswith(b"\x89PNG") for png in pngs)
+
+
+def test_images_stand_in_pages_of_few_runs_only(runs, tmp_path):
+    results = [RunResult.load(r) for r in (*runs, runs[0])]
+    for count, shown in ((4, True), (5, False)):
+        write_report(results[:count], tmp_path / "r.html")
+        assert ("<img" in (tmp_path / "r.html").read_text()) == shown
+
+
+def test_runs_from_before_sizes_were_written_down_still_show(runs, tmp_path):
+    shutil.copytree(runs[1], tmp_path / "run")
+    file = tmp_path / "run" / "events.jsonl"
+    first, _, rest = file.read_text().partition("\n")
+    start = json.loads(first)
+    assert start["event"] == "start" and start.pop("holds")
+    file.write_text(json.dumps(start) + "\n" + rest)
+    samples = json.loads((tmp_path / "run" / "samples.json").read_text())
+    for row in (row for entries in samples.values() for entry in entries for row in entry["rows"]):
+        del row["picture"]
+    (tmp_path / "run" / "samples.json").write_text(json.dumps(samples))
+    write_report([RunResult.load(tmp_path / "run")], tmp_path / "r.html")
+    text = (tmp_path / "r.html").read_text()
+    assert "3 tasks: task-1, task-2, task-3" in text and "<img" not in text
+
+
+@pytest.mark.parametrize(
+    ("sizes", "unit", "size"), [([300.0], "KiB", 2**10), ([5e3, 3e6], "MiB", 2**20), ([5e9], "GiB", 2**30)]
+)
+def test_memory_has_a_unit_that_fits(sizes, unit, size):
+    assert comparison._unit(sizes) == (unit, size)
+
+
+def test_a_legend_is_read_line_by_line():
+    from matplotlib.figure import Figure
+
+    from clkit.report.figures import legend_below
+
+    axes = Figure().subplots()
+    for k in range(5):
+        axes.plot([0, 1], [k, k], label=str(k))
+    legend_below(axes, 5)
+    axes.figure.canvas.draw()
+    placed = [
+        (round(-t.get_window_extent().y0), t.get_window_extent().x0, t.get_text()) for t in axes.get_legend().texts
+    ]
+    assert [text for _, _, text in sorted(placed)] == list("01234")
 
 
 def test_memory_is_told_with_the_model_of_each_stage_and_of_the_end(runs, tmp_path):
@@ -128,7 +176,8 @@ def test_fifty_runs_stay_below_five_megabytes(runs, tmp_path):
 def test_the_command_compares_a_sweep_and_writes_figures(runs, tmp_path, capsys):
     assert main(["report", "--sweep", str(runs[0].parent), "--output", str(tmp_path / "r.html")]) == 0
     assert str(tmp_path / "r.html") in capsys.readouterr().out
-    assert "4 runs of 2 settings" in (tmp_path / "r.html").read_text()
+    text = (tmp_path / "r.html").read_text()
+    assert "4 runs of 2 settings" in text and f"<h1>Sweep {runs[0].parent.name}</h1>" in text
     names = {f.name for f in (tmp_path / "r_figures").iterdir()}
     assert {"compare-average_accuracy.svg", "compare-pareto-forgetting.png"} <= names
 
