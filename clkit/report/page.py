@@ -242,7 +242,7 @@ def _tasks_told(tasks: Sequence[str], holds: Sequence[dict[str, Any]] | None) ->
     for task, held in zip(tasks, holds, strict=True):
         classes = held["classes"]
         few = 0 < len(classes) <= 6 and sum(map(len, classes)) <= 60
-        shown = ", ".join(classes) if few else f"{len(classes)} classes"
+        shown = ",\u00a0".join(classes) if few else f"{len(classes)}\u00a0classes"
         names.append(f"{task} ({shown})" if classes else task)
     return f"{count} of {sizes[0]} training and {sizes[1]} evaluation records: {', '.join(names)}"
 

@@ -180,7 +180,8 @@ def forgetting(axes: Any, result: RunResult) -> None:
     bars = axes.barh(names, values, color=[SERIES[1] if v > 0 else SERIES[2] for v in values], height=0.6)
     axes.bar_label(bars, [f"{v:.3f}" for v in values], padding=3, fontsize=8, color=INK)
     axes.axvline(0, color=MUTED, linewidth=0.8)
-    axes.set_ylim(max(len(values), 3) - 0.5, -0.5)  # one bar alone would fill the figure
+    middle, half = (len(values) - 1) / 2, max(len(values), 3) / 2  # one bar alone would fill the figure
+    axes.set_ylim(middle + half, middle - half)
     axes.margins(x=0.18)
     axes.grid(axis="y", visible=False)
     axis(axes, "forgetting (lower is better)", "task")
