@@ -7,7 +7,8 @@ async function refresh() {
     if (known !== null && version !== known) {
       const fresh = new DOMParser().parseFromString(await (await fetch("./")).text(), "text/html");
       const open = [...document.querySelectorAll("details")].map(element => element.open);
-      document.querySelector("main").replaceWith(fresh.querySelector("main"));
+      for (const part of ["h1", "main"]) document.querySelector(part).replaceWith(fresh.querySelector(part));
+      document.title = fresh.title;
       document.querySelectorAll("details").forEach((element, i) => { if (i in open) element.open = open[i]; });
     }
     known = version;

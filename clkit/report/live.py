@@ -6,7 +6,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Lock
 
-from clkit.errors import CheckpointError, ConfigError
+from clkit.errors import ConfigError
 from clkit.report import render, so_far
 
 # A page of this server asks only this server.
@@ -23,15 +23,14 @@ def make_server(run_dir: Path, port: int = 0) -> ThreadingHTTPServer:
     """A server on 127.0.0.1 that answers ``/`` with the page and ``/version`` with its version.
 
     Args:
-        run_dir: of a run that goes on, is finished, or has not begun.
+        run_dir: of a run that goes on, is finished, or has not begun; it need not be there yet.
         port: 0 = any that is free; ``server_port`` says which.
 
     Raises:
-        CheckpointError: there is no such directory.
-        ConfigError: the port can't be used.
+        ConfigError: the port can't be used, or ``run_dir`` is a file.
     """
-    if not run_dir.is_dir():
-        raise CheckpointError(f"{run_dir}: no such directory. Give the output_dir of a run.")
+    if run_dir.is_file():
+        raise ConfigError(f"--live: {run_dir} is a file; give the output_dir of a run")
     lock, kept = Lock(), {"version": "", "page": ""}
 
     def page() -> str:
@@ -70,6 +69,8 @@ def make_server(run_dir: Path, port: int = 0) -> ThreadingHTTPServer:
 def serve(run_dir: Path, port: int) -> None:
     """Serve until Ctrl-C."""
     with make_server(run_dir, port) as server:
+        if not run_dir.is_dir():
+            print(f"{run_dir} is not there yet; the page fills itself when the run begins")
         print(f"http://127.0.0.1:{server.server_port}/  (Ctrl-C ends it)", flush=True)
         try:
             server.serve_forever()

@@ -159,18 +159,21 @@ def test_fifty_runs_open_within_two_seconds(browser, runs, tmp_path):
 def test_the_live_page_follows_the_run(browser, runs, tmp_path):
     lines = (runs[0] / "events.jsonl").read_text().splitlines(keepends=True)
     middle = next(i for i, line in enumerate(lines) if '"after task-1"' in line) + 1
-    (tmp_path / "events.jsonl").write_text("")
-    with make_server(tmp_path) as server:
+    run_dir = tmp_path / "runs" / "later"  # is not there yet when the page is opened
+    with make_server(run_dir) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         try:
             address = f"http://127.0.0.1:{server.server_port}/"
             with Visit(browser, address) as visit:
                 assert "Nothing was written down yet" in visit.page.locator("main").inner_text()
+                assert visit.page.title() == "clkit: A run that has not begun"
                 time.sleep(1)  # until the script has asked for the first version
-                (tmp_path / "events.jsonl").write_text("".join(lines[:middle]))
+                run_dir.mkdir(parents=True)
+                (run_dir / "events.jsonl").write_text("".join(lines[:middle]))
                 visit.page.get_by_role("rowheader", name="after task-1").first.wait_for(timeout=30_000)
-                (tmp_path / "events.jsonl").write_text("".join(lines))
+                (run_dir / "events.jsonl").write_text("".join(lines))
                 visit.page.get_by_role("rowheader", name="after task-3").first.wait_for(timeout=30_000)
+                assert visit.page.title() == "clkit: later" and visit.page.locator("h1").inner_text() == "later"
                 assert visit.errors == []
                 assert all(url.startswith((address, "data:")) for url in visit.requests)
         finally:

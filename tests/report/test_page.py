@@ -187,6 +187,10 @@ def test_the_command_says_what_is_wrong(tmp_path, capsys):
     assert main(["report", "--sweep", str(tmp_path)]) == 2
     assert main(["report", "--live", str(tmp_path), str(tmp_path)]) == 2
     err = capsys.readouterr().err
+    (tmp_path / "file").write_text("")
+    assert main(["report", "--live", str(tmp_path / "file"), "--port", "0"]) == 2
+    err += capsys.readouterr().err
+    assert "is a file; give the output_dir of a run" in err
     assert "give run directories" in err and "no finished run below" in err and "--live" in err
 
 
