@@ -210,6 +210,7 @@ def _run(entry: comparison.Entry, name: str, told: str, alone: bool) -> dict[str
             for metric, split in result.format_split.items()
         ],
         "metrics": result.metrics,
+        "measured": any(result.metrics.get(k) is not None for k in DEFINITIONS),
         "cards": [(k, result.metrics[k]) for k in _CARDS if result.metrics.get(k) is not None],
         # The heat map stands in the page as a table; as a figure it is drawn for the files.
         "drawings": [d for d in drawings if not d.name.endswith("-matrix")],

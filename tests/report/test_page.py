@@ -284,8 +284,11 @@ def test_a_run_that_goes_on_is_shown_as_far_as_it_went(runs, tmp_path):
     np.testing.assert_array_equal(found.matrix[0], whole.matrix[0])
     assert found.matrix[1, 0] == whole.matrix[1, 0] and np.isnan(found.matrix[1:]).sum() == 5
     np.testing.assert_array_equal(found.initial, whole.initial)
+    (tmp_path / "status.json").write_text('{"state": "running"}')
     write_report([found], tmp_path / "r.html")
-    assert "after task-2" in (tmp_path / "r.html").read_text()
+    text = (tmp_path / "r.html").read_text()
+    assert "after task-2" in text and "<strong>running, at task-2 (2 of 3)</strong>" in text
+    assert "They are known after the last task." in text and "mean over i of R[T,i]" not in text
 
 
 def test_the_whole_history_gives_back_the_whole_matrix(runs):
