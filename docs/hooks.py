@@ -65,7 +65,7 @@ def options() -> str:
         if key == "strategy":
             common = set(_rows(StrategyConfig, "strategy."))
             lines += ["### every strategy", "", "A rehearsal buffer, off by default. Below stands what differs.", ""]
-            lines += _table(StrategyConfig, "strategy.")
+            lines += [*_table(StrategyConfig, "strategy."), ""]
         for name in sorted(registry.names()):
             plugin = registry.get(name)
             lines += [

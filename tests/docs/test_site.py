@@ -55,6 +55,9 @@ def test_every_option_is_on_the_options_page(site):
     for registry in (STRATEGIES, SOURCES):
         for name in registry.names():
             assert f'id="{name}' in page, name
+    shown = re.findall(r"<h3[^>]*>([\w-]+)", page)
+    for name in STRATEGIES.names():
+        assert shown.count(name) == (2 if name in SOURCES.names() else 1), name
     for cls, prefix in [
         (RunConfig, ""),
         *((r.get(n).config_class, f"{p}.") for p, r in plugins for n in r.names()),
