@@ -128,6 +128,7 @@ def test_twenty_sigkills_leave_no_trace_in_weights_metrics_and_events(world, req
     content = request.getfixturevalue(world)
     content["strategy"] = {"name": "replay", "replay": {"size": 8}}
     content["train"] = {**content["train"], "epochs": 3}
+    content["name"] = "killed or not"
 
     def config(name: str) -> Path:
         file = tmp_path / f"{name}.yaml"

@@ -89,9 +89,10 @@ def test_the_journal_says_how_queries_were_routed(edited):
     for part, prompt in (("prompt", "Town of 2?"), ("locality", "Sum 2?")):
         why, route = edited.explain(prompt), last["routes"][part]
         assert route["memory"] == why.memory
-        nearest = max(why.scores, key=lambda name: why.scores[name] - why.thresholds[name])
-        assert route["score"] == pytest.approx(why.scores[nearest], rel=1e-3)
-        assert route["threshold"] == pytest.approx(why.thresholds[nearest], rel=1e-3)
+        shown = why.memory or max(why.likeness, key=lambda name: why.likeness[name])  # what answers, or is most alike
+        assert route["score"] == pytest.approx(why.scores[shown], rel=1e-3)
+        assert route["threshold"] == pytest.approx(why.thresholds[shown], rel=1e-3)
+        assert route["likeness"] == pytest.approx(why.likeness[shown], rel=1e-3)
     scores, routes = edited.judge(edited.records["e0"])
     assert scores == edited.scores(edited.records["e0"]) and routes["prompt"]["score"] > 0
 

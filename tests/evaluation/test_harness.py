@@ -99,6 +99,7 @@ def test_columns_hold_the_harness_own_numbers_before_and_after(text_content, fol
     assert samples["sums"][0]["rows"][0] | {"prediction": ""} == {
         "id": "sums/0",
         "prompt": "0 + 4 =",
+        "picture": None,
         "gold": "0",
         "prediction": "",
         "value": samples["sums"][0]["rows"][0]["value"],
