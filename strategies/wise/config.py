@@ -23,7 +23,9 @@ class WISEConfig(StrategyConfig):
         choices=("retrieve", "merge"),
     )
     mask_ratio: float = opt(0.2, "part of the matrix that one shard of edits may change", above=0, max=1)
-    shard_size: int = opt(500, "edits that share one mask", min=1)
+    shard_size: int = opt(
+        500, "edits that share one mask; with few (10, and merge_every=0) they disturb each other less", min=1
+    )
     merge_every: int = opt(
         1000, "edits after which shards are merged; a multiple of shard_size; 0 = only when asked", min=0
     )
