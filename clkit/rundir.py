@@ -125,7 +125,8 @@ class RunDirectory:
     def begin(self, config: dict[str, Any], facts: dict[str, Any]) -> None:
         """Write ``config.yaml`` and ``run.json``, or check that they are those of the run that is here.
 
-        A run that failed before its first checkpoint has learned nothing: another one may take its place.
+        A run that failed before its first checkpoint has learned nothing: another one may take its place, but for one
+        that spent privacy, whose count of noisy steps is not to be lost.
 
         Raises:
             CheckpointError: the directory holds a run with another configuration or other data, or a damaged run.
@@ -150,7 +151,8 @@ class RunDirectory:
         """Whether the run that is here stopped before anything of it was kept."""
         ended = self.state.get("state") in ("failed", "interrupted")
         kept = [p for p in (self.path / "checkpoints").glob("*") if not p.name.startswith(".")]
-        return ended and not kept and not (self.path / "matrix.json").exists()
+        kept += [p for p in (self.path / "matrix.json", self.path / "noisy_steps.txt") if os.path.lexists(p)]
+        return ended and not kept
 
     def differences(self, config: dict[str, Any], data: dict[str, Any]) -> list[str]:
         """Where the run that is here differs in what changes its numbers; empty when there is none.

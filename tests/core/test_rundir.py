@@ -192,7 +192,9 @@ def test_a_refusal_names_both_versions_of_clkit_when_they_differ(begun):
         begun.begin(config(seed=5), FACTS)
 
 
-@pytest.mark.parametrize("kept", ["checkpoints/00000001", "checkpoints/bad-00000001", "matrix.json", None])
+@pytest.mark.parametrize(
+    "kept", ["checkpoints/00000001", "checkpoints/bad-00000001", "matrix.json", "noisy_steps.txt", None]
+)
 def test_a_run_that_failed_before_anything_was_kept_makes_way_for_another(tmp_path, kept):
     directory = RunDirectory(tmp_path / "run")
     directory.path.mkdir()
