@@ -145,12 +145,13 @@ def _picture(task: Task, i: int) -> str | None:
 
 
 def _class_names(tasks: Iterable[Task]) -> dict[str, str]:
-    """The name of each class of all tasks, by its number; a task names its own classes in their order."""
-    return {
-        str(number): str(name)
-        for task in tasks
-        for number, name in zip(task.classes or (), task.metadata.get("class_names", ()), strict=False)
-    }
+    """The name of each class of all tasks, by its number."""
+    found: dict[str, str] = {}
+    for task in tasks:
+        names = task.metadata.get("class_names", ())
+        pairs = names.items() if isinstance(names, dict) else zip(task.classes or (), names, strict=False)
+        found |= {str(number): str(name) for number, name in pairs}
+    return found
 
 
 def _short(text: str | None) -> str | None:

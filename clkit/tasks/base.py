@@ -191,7 +191,8 @@ class Task:
         kind: ``classification`` (LabelledExamples), ``text`` (TextExamples) or ``edit`` (EditExamples).
         metric: the name of the score that fills the matrix R (see ``clkit ls metrics``).
         classes: the classes of this task, for classification.
-        metadata: free JSON; reports use ``class_names``, and ``image_shape`` (C, H, W) where vectors are images.
+        metadata: free JSON; reports use ``class_names`` (in the order of ``classes``, or by number), and
+            ``image_shape`` (C, H, W) where vectors are images.
     """
 
     name: str

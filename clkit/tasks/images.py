@@ -42,7 +42,7 @@ def thumbnail(pixels: Tensor, size: int = 48) -> str:
         values = values.float()
         low, high = values.min(), values.max()
         if low < 0 or high > 1:
-            values = (values - low) / (high - low)
+            values = (values - low) / (high - low).clamp(min=1e-12)
         values = (values * 255).round().to(torch.uint8)
     array = values.permute(1, 2, 0).numpy()
     image = Image.fromarray(np.ascontiguousarray(array[..., 0] if array.shape[2] == 1 else array))

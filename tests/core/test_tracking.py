@@ -9,6 +9,7 @@ import time
 
 import numpy as np
 import pytest
+import torch
 
 from clkit import resolve
 from clkit.api import run
@@ -156,3 +157,22 @@ def test_samples_of_images_show_the_image_and_name_classes_by_their_names(tmp_pa
             assert head == "data:image/png;base64" and image.size == (8, 8)
             assert row["gold"] == images[pixels] and row["gold"] in held["classes"]
             assert (row["prediction"] == row["gold"]) == (row["value"] == 1)
+
+
+def test_a_class_is_named_in_the_order_of_its_task_or_by_its_number():
+    from clkit.observe import _class_names
+    from clkit.tasks.base import LabelledExamples, Task
+
+    held = LabelledExamples(torch.zeros(2, 1), torch.tensor([2, 3]), ("a", "b"))
+    tasks = [
+        Task("listed", held, held, "classification", "accuracy", (2, 3), {"class_names": names})
+        for names in (["two", "three"], {2: "two", "3": "three"})
+    ]
+    assert [_class_names([task]) for task in tasks] == [{"2": "two", "3": "three"}] * 2
+
+
+@pytest.mark.filterwarnings("error")
+def test_an_image_of_one_colour_beyond_the_usual_range_has_a_thumbnail():
+    from clkit.tasks.images import thumbnail
+
+    assert thumbnail(torch.full((3, 4, 4), 7.0)).startswith("data:image/png;base64,")
