@@ -111,7 +111,7 @@ def _environment() -> Environment:
         loader=PackageLoader("clkit", "report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
     environment.filters |= {"number": _number, "bytes": _bytes, "seconds": _seconds, "moment": _moment}
-    environment.filters |= {"title": _spelled, "breakable": _breakable}
+    environment.filters |= {"spelled": _spelled, "breakable": _breakable}
     return environment
 
 
