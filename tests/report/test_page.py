@@ -92,6 +92,17 @@ def test_images_stand_in_pages_of_few_runs_only(runs, tmp_path):
         assert ("<img" in (tmp_path / "r.html").read_text()) == shown
 
 
+def test_an_address_elsewhere_is_no_picture(runs, tmp_path):
+    shutil.copytree(runs[1], tmp_path / "run")
+    file = tmp_path / "run" / "samples.json"
+    samples = json.loads(file.read_text())
+    for row in (row for entries in samples.values() for entry in entries for row in entry["rows"]):
+        row["picture"] = "https://example.org/seen.png"
+    file.write_text(json.dumps(samples))
+    write_report([RunResult.load(tmp_path / "run")], tmp_path / "r.html")
+    assert "example.org" not in (tmp_path / "r.html").read_text()
+
+
 def test_runs_from_before_sizes_were_written_down_still_show(runs, tmp_path):
     shutil.copytree(runs[1], tmp_path / "run")
     file = tmp_path / "run" / "events.jsonl"
