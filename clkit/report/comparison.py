@@ -316,6 +316,9 @@ def _pareto(axes: Any, points: Sequence[tuple[str, list[float], list[float]]], l
         axes.annotate(str(i + 1), (x, y), xytext=(0, 5), textcoords="offset points", ha="center", fontsize=8, color=INK)
     names = [f"{i + 1} {name}" for i, name in enumerate(shortened([k[0] for k in known], 22))]
     axes.margins(0.15)
+    spread = [x for _, x, _ in known]
+    if max(spread) - min(spread) < 0.01 * abs(max(spread)):  # as good as equal: the axis says so, without an offset
+        axes.set_xlim(0.95 * min(spread), 1.05 * max(spread))
     axis(axes, label, "average accuracy")
     columns = 2 if max(map(len, names), default=0) > 10 else 3
     marks = [axes.plot([], [], "o", color=s["color"], markersize=5)[0] for s in styles(len(names))]

@@ -126,6 +126,19 @@ def test_memory_has_a_unit_that_fits(sizes, unit, size):
     assert comparison._unit(sizes) == (unit, size)
 
 
+def test_nearly_equal_memory_is_told_in_whole_numbers():
+    from matplotlib.figure import Figure
+
+    figure = Figure()
+    axes = figure.subplots()
+    points = [("naive", [275.20007], [1.0]), ("replay", [275.20126], [0.9])]
+    comparison._pareto(axes, points, "model and exemplars (MiB)")
+    figure.canvas.draw()
+    assert axes.xaxis.get_offset_text().get_text() == ""
+    low, high = axes.get_xlim()
+    assert low < 265 and high > 285
+
+
 def test_a_legend_is_read_line_by_line():
     from matplotlib.figure import Figure
 
