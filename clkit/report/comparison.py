@@ -318,7 +318,8 @@ def _pareto(axes: Any, points: Sequence[tuple[str, list[float], list[float]]], l
     axes.margins(0.15)
     spread = [x for _, x, _ in known]
     if max(spread) - min(spread) < 0.01 * abs(max(spread)):  # as good as equal: the axis says so, without an offset
-        axes.set_xlim(0.95 * min(spread), 1.05 * max(spread))
+        room = 0.05 * abs(max(spread))
+        axes.set_xlim(min(spread) - room, max(spread) + room)
     axis(axes, label, "average accuracy")
     columns = 2 if max(map(len, names), default=0) > 10 else 3
     marks = [axes.plot([], [], "o", color=s["color"], markersize=5)[0] for s in styles(len(names))]

@@ -137,6 +137,9 @@ def test_nearly_equal_memory_is_told_in_whole_numbers():
     assert axes.xaxis.get_offset_text().get_text() == ""
     low, high = axes.get_xlim()
     assert low < 265 and high > 285
+    axes.clear()
+    comparison._pareto(axes, [("a", [-0.05], [1.0]), ("b", [-0.05], [0.9])], "forgetting")
+    assert axes.get_xlim()[0] < -0.05 < axes.get_xlim()[1]
 
 
 def test_a_legend_is_read_line_by_line():
