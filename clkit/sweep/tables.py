@@ -80,8 +80,12 @@ def _comparisons(summary: Summary, problems: bool) -> Table:
         cells = (c.first, c.second, str(difference.n), _estimate(difference, sign=True), p)
         rows.append((c.problem, *cells) if problems else cells)
     fewest = min(c.paired.difference.n for c in summary.comparisons)
-    least = f"With {fewest} seeds the test's p is at least {2 / 2**fewest:.2g}"
-    note = f"Differences on equal seeds. {least}; it is not corrected for many comparisons."
+    note = (
+        f"Differences on equal seeds. With {fewest} seeds the test's p is at least {2 / 2**fewest:.2g}; "
+        "it is not corrected for many comparisons."
+        if fewest > 1
+        else "Differences on equal seeds. One seed is too few for a test."
+    )
     header = (
         *(("problem",) if problems else ()),
         "setting",

@@ -23,11 +23,17 @@ class WISEConfig(StrategyConfig):
         choices=("retrieve", "merge"),
     )
     mask_ratio: float = opt(0.2, "part of the matrix that one shard of edits may change", above=0, max=1)
-    shard_size: int = opt(
-        500, "edits that share one mask; with few (10, and merge_every=0) they disturb each other less", min=1
+    shard_size: int | None = opt(
+        None,
+        "edits that share one mask; the fewer, the less they disturb each other. null: as many as the layer's width "
+        "allows (10 for SmolLM2-135M); 500 where shards are merged",
+        min=1,
     )
-    merge_every: int = opt(
-        1000, "edits after which shards are merged; a multiple of shard_size; 0 = only when asked", min=0
+    merge_every: int | None = opt(
+        None,
+        "edits after which shards are merged; a multiple of shard_size; 0 = only when asked. "
+        "null: 0, and 1000 with mode=merge or compat",
+        min=0,
     )
     merge: str = opt("ties", "how shards are merged", choices=("ties", "sign", "linear", "dare"))
     density: float = opt(
@@ -109,11 +115,26 @@ PUBLISHED = {
 }
 
 
-def settled(config: WISEConfig) -> WISEConfig:
-    """The configuration with every number decided and, for ``compat``, the fixes switched off."""
+# Shards that are merged, EasyEdit @ 14cea82: save_freq and merge_freq.
+_MERGED_SHARD, _MERGE_EVERY = 500, 1000
+# Of the entries that a shard may change in a row of the matrix, one edit takes about this many (README.md, "Shards").
+_ENTRIES_PER_EDIT = 30
+
+
+def settled(config: WISEConfig, width: int) -> WISEConfig:
+    """The configuration with every number decided and, for ``compat``, the fixes switched off.
+
+    Args:
+        config: as given.
+        width: what the edited projection reads, numbers per token.
+    """
     numbers = PUBLISHED if config.compat else DEFAULTS
+    numbers = numbers | {"merge_every": _MERGE_EVERY if config.compat or config.mode == "merge" else 0}
     open_ = {name: value for name, value in numbers.items() if getattr(config, name) is None}
     config = dataclasses.replace(config, **open_)  # type: ignore[arg-type]
+    if config.shard_size is None:
+        few = max(1, int(config.mask_ratio * width / _ENTRIES_PER_EDIT))
+        config = dataclasses.replace(config, shard_size=_MERGED_SHARD if config.merge_every or config.compat else few)
     if config.compat:
         config = dataclasses.replace(
             config, eos=False, negatives=0, storage="float32", reach="sequence", keep=0.0, likeness=0.0
@@ -126,14 +147,14 @@ def problems(config: WISEConfig) -> list[Problem]:
     found = []
     if config.replay.size:
         found.append(Problem("strategy.replay.size", f"got {config.replay.size}, expected 0: edits rehearse nothing"))
-    if config.merge_every % config.shard_size:
+    whole = settled(config, width=1)
+    if whole.merge_every and whole.shard_size and whole.merge_every % whole.shard_size:
         found.append(
             Problem(
                 "strategy.merge_every",
-                f"got {config.merge_every}, expected a multiple of shard_size ({config.shard_size})",
+                f"got {whole.merge_every}, expected a multiple of shard_size ({whole.shard_size})",
             )
         )
-    whole = settled(config)
     if whole.alpha is not None and whole.beta is not None and whole.alpha >= whole.beta:
         found.append(Problem("strategy.alpha", f"got {whole.alpha}, expected less than beta ({whole.beta})"))
     return found

@@ -50,8 +50,8 @@ class Wise:
     """
 
     def __init__(self, model: CausalLM, config: WISEConfig, seed: int = 0) -> None:
-        self.model, self.config, self.seed = model, settled(config), seed
         location = locate(model.module, config.layer, config.depth)
+        self.model, self.config, self.seed = model, settled(config, location.shape[1]), seed
         self._weight: Tensor | None = None
         activation = None
         if config.compat:
@@ -235,7 +235,8 @@ class Wise:
         closed, self.live, self.shard = self.live, None, self.shard + 1
         self._round(closed)
         self._calibrate([closed])
-        if self.config.merge_every and len(self._loose()) * self.config.shard_size >= self.config.merge_every:
+        edits = len(self._loose()) * cast(int, self.config.shard_size)
+        if self.config.merge_every and edits >= self.config.merge_every:
             self.consolidate()
 
     def _loose(self) -> list[SideMemory]:

@@ -90,7 +90,9 @@ class Gate:
 
     def __call__(self, readings: Tensor, edits: Sequence[Sequence[str]]) -> Tensor:
         """(B, M) the likeness of readings (B, in) to the nearest of each memory's edits."""
-        return torch.stack([self.alike(readings, ids).amax(dim=1) for ids in edits], dim=1)
+        found = self.alike(readings, [i for ids in edits for i in ids])
+        parts = torch.split(found, [len(ids) for ids in edits], dim=1)
+        return torch.stack([part.amax(dim=1) for part in parts], dim=1)
 
     def alike(self, readings: Tensor, edits: Sequence[str]) -> Tensor:
         """(B, N) the likeness of readings (B, in) to edits; all must have been added."""

@@ -286,7 +286,32 @@ def test_options_that_do_not_fit_together_are_found_before_anything_is_loaded():
 
 
 def test_compat_has_the_published_numbers_and_keeps_given_ones():
-    config = settled(WISEConfig(compat=True, beta=7.0))
+    config = settled(WISEConfig(compat=True, beta=7.0), 11008)
     assert (config.steps, config.learning_rate, config.alpha, config.beta, config.gamma) == (70, 1.0, 5.0, 7.0, 10.0)
     assert (config.eos, config.negatives, config.storage) == (False, 0, "float32")
-    assert settled(WISEConfig()).eos
+    assert (config.shard_size, config.merge_every) == (500, 1000)
+    assert settled(WISEConfig(), 1536).eos
+
+
+@pytest.mark.parametrize(
+    ("given", "width", "shard", "merged"),
+    [
+        ({}, 1536, 10, 0),  # SmolLM2-135M
+        ({}, 11008, 73, 0),  # LLaMA 7B
+        ({"mask_ratio": 0.05}, 1536, 2, 0),
+        ({}, 48, 1, 0),
+        ({"shard_size": 40}, 1536, 40, 0),
+        ({"merge_every": 1000}, 1536, 500, 1000),
+        ({"mode": "merge"}, 1536, 500, 1000),
+        ({"mode": "merge", "shard_size": 25, "merge_every": 50}, 1536, 25, 50),
+    ],
+)
+def test_as_many_edits_share_a_mask_as_the_layer_has_room_for(given, width, shard, merged):
+    config = settled(WISEConfig(**given), width)
+    assert (config.shard_size, config.merge_every) == (shard, merged)
+    assert problems(WISEConfig(**given)) == []
+
+
+def test_without_a_number_shards_are_closed_when_the_layer_has_no_more_room():
+    wise = edited(3, shard_size=None, merge_every=None, steps=1)  # 48 numbers wide: one edit a shard
+    assert [m.edits for m in wise.layer.all()] == [["e0"], ["e1"], ["e2"]]

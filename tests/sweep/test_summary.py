@@ -95,6 +95,13 @@ def test_unfinished_runs_are_counted_and_left_out_of_the_choice(folder):
     assert summary.best[0].setting == "replay,size=2", "a mean over fewer seeds is another one"
 
 
+def test_one_seed_is_compared_and_not_tested(folder):
+    for status in folder.glob("*/seed-[12]/status.json"):
+        status.write_text("{}")
+    text = markdown(summarise(folder))
+    assert "One seed is too few for a test." in text and "p is at least" not in text
+
+
 def test_without_a_finished_run_there_is_no_table(folder):
     for status in folder.rglob("status.json"):
         status.write_text("{}")
