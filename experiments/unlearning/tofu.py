@@ -44,13 +44,14 @@ def write_tasks(target: Path, settings: dict[str, Any], tasks: int) -> list[Path
     """
     rows = _learned(settings)
     parts = [range(*settings["authors"][name]) for name in ("retained", "forgettable")]
+    unseen = _records(rows, range(*settings["authors"]["unseen"]))
     found = []
     for task in range(tasks):
-        authors = [a for part in parts for a in _slice(part, task, tasks)]
+        authors = [a for part in parts for a in part[_share(len(part), task, tasks)]]
         place = target / f"part{task}"
         place.mkdir(parents=True, exist_ok=True)
         _write(place / "train.jsonl", _records(rows, authors))
-        _write(place / "test.jsonl", _records(rows, _slice(range(*settings["authors"]["unseen"]), task, tasks)))
+        _write(place / "test.jsonl", unseen[_share(len(unseen), task, tasks)])
         found.append(place)
     return found
 
@@ -116,9 +117,9 @@ def _learned(settings: dict[str, Any]) -> list[dict[str, Any]]:
     return found
 
 
-def _slice(part: range, task: int, tasks: int) -> list[int]:
-    size = -(-len(part) // tasks)
-    return list(part)[task * size : (task + 1) * size]
+def _share(count: int, task: int, tasks: int) -> slice:
+    """What of ``count`` a task has: as many as every other, or one more."""
+    return slice(task * count // tasks, (task + 1) * count // tasks)
 
 
 def _records(rows: list[dict[str, Any]], authors: Iterable[int]) -> list[dict[str, str]]:

@@ -62,6 +62,10 @@ def test_a_smaller_experiment_uses_the_shortest_rows_of_each_author_everywhere(e
     assert len(asked["forget"]) == 20 and {learned[q.prompt] for q in asked["forget"]} == gone
     assert asked["retain"] and not {learned[q.prompt] for q in asked["retain"]} & gone
     assert len(tofu.forgotten_rows(settings, 2)) == 20
+    three = tofu.write_tasks(tmp_path / "sequence", settings, 3)
+    assert [len(rows(part, "train")) for part in three] == [30, 30, 40]
+    assert [len(rows(part, "test")) for part in three] == [6, 7, 7], "too few authors for one each"
+    assert not gone & {r["author"] for r in rows(three[0], "train")}
 
 
 @pytest.mark.parametrize("name", ["settings", "small"])
