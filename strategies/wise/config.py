@@ -11,7 +11,7 @@ from clkit.errors import Problem
 
 @dataclass
 class WISEConfig(StrategyConfig):
-    """Options of WISE. Numbers left null are :data:`DEFAULTS`, or :data:`PUBLISHED` with ``compat``."""
+    """Options of WISE. What is left null is decided by :func:`settled`."""
 
     layer: str = opt(
         "auto", "projection to edit: auto (by depth), the number of a block (-1 = the last), or a module's name"
