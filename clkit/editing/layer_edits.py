@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -74,8 +74,15 @@ class LayerEdits(EditStrategy):
     def settle(self) -> None:
         """There is nothing to do after a batch of edits."""
 
-    def prefix(self, record: EditRecord) -> tuple[rows.Rows, Prefix]:
-        """The edit as token rows, and what of their forward pass the edit can't change; of the unedited model."""
+    def prefix(
+        self, record: EditRecord, since: Callable[[rows.Rows], Tensor] | None = None
+    ) -> tuple[rows.Rows, Prefix]:
+        """The edit as token rows, and what of their forward pass the edit can't change; of the unedited model.
+
+        Args:
+            record: the edit.
+            since: the first token of each row that the edit changes; None: it may change all.
+        """
         config, device = self.config, self.location.device
         with self.unedited(), evaluating(self.model.module):
             if self._contexts is None:
@@ -89,7 +96,7 @@ class LayerEdits(EditStrategy):
                 self.model.max_length,
                 config.eos,
             ).to(device)
-            return found, self.reader.prefix(found)
+            return found, self.reader.prefix(found, None if since is None else since(found))
 
     def reading(self, prompt: str) -> Tensor:
         """(in,) what the projection reads at the last token of a prompt, in the unedited model."""

@@ -15,7 +15,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from clkit.editing.rows import Rows
 from clkit.models.location import Location
-from clkit.models.routing import CACHES, cache_of, last_token
+from clkit.models.routing import CACHES, cache_of
 from clkit.modes import evaluating
 
 
@@ -47,15 +47,15 @@ class Reader:
             self._decoder(input_ids, attention_mask)
         return found["in"], found["out"]
 
-    def prefix(self, rows: Rows, answer_only: bool = False) -> Prefix:
+    def prefix(self, rows: Rows, since: Tensor | None = None) -> Prefix:
         """Everything that no step of an edit changes, computed once: what is below the edited projection.
 
         Args:
             rows: the edit.
-            answer_only: the edit changes nothing before the last token of a row's prompt. So what is above the
-                edited projection is constant there too: it is kept as keys and values, and steps run on what is left.
+            since: (R,) the first token of each row that the edit may change; None: all. What is above the edited
+                projection is constant before it too: it is kept as keys and values, and steps run on what is left.
         """
-        head = self._head(rows) if answer_only else None
+        head = None if since is None else self._head(rows, int(since.min()))
         found: dict[str, Tensor] = {}
         block = self.location.blocks[self.location.block]
 
@@ -73,9 +73,8 @@ class Reader:
             self._direct = self._adds_directly(rows, found, head)
         return Prefix(self, rows, found, self._direct, head)
 
-    def _head(self, rows: Rows) -> Head | None:
-        """The tokens before the first that an edit may change; None: there are none, or the model can't keep them."""
-        start = int(last_token(rows.prompt, rows.prompt.shape[1], len(rows.prompt)).min())
+    def _head(self, rows: Rows, start: int) -> Head | None:
+        """The first ``start`` tokens; None: there are none, or the model can't keep them."""
         if start == 0 or "use_cache" not in self._takes:
             return None
         inputs = self._inputs(rows.input_ids[:, :start], rows.attention_mask[:, :start])

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from clkit.errors import RequestError
 from clkit.models.prompts import PromptFormat, Tokens
+from clkit.models.routing import last_token
 
 # A word that almost every tokenizer has with a space in front: that space is no part of the prompt.
 _ANY_WORD = "the"
@@ -39,6 +40,11 @@ class Rows:
             t.to(device) for t in (self.input_ids, self.attention_mask, self.labels, self.prompt)
         )
         return Rows(ids, mask, labels, prompt, self.edits)
+
+    @property
+    def ends(self) -> Tensor:
+        """(R,) position of the last token of each prompt."""
+        return last_token(self.prompt, self.prompt.shape[1], len(self.prompt))
 
     @property
     def learned(self) -> Tensor:

@@ -86,7 +86,7 @@ def edit(rounds: int) -> None:
     others = Others(wise._stacked([]), wise._stacked([irrelevant]))
     print(f"rows {tuple(rows.input_ids.shape)}, targets {len(rows.learned)}")
     with wise.router.switched_off():
-        prefix = wise.reader.prefix(own, answer_only=True)
+        prefix = wise.reader.prefix(own, own.ends)
         ends = torch.where(rows.prompt, torch.arange(rows.prompt.shape[1]), 0).amax(dim=1)[:, None]
         changed = (torch.arange(rows.prompt.shape[1]) >= ends)[..., None]
         settings = wise._settings(prefix.activations, prefix.base, own)

@@ -16,7 +16,7 @@ from clkit.editing.layer_edits import LayerEdits, LearnedEditConfig
 from clkit.editing.losses import target_loss
 from clkit.editing.strategy import EditOutcome, Explanation
 from clkit.models.causal_lm import CausalLM
-from clkit.models.routing import PromptRouter, at_last_token, last_token
+from clkit.models.routing import PromptRouter, at_last_token
 from clkit.modes import evaluating
 from clkit.strategies.grace.codebook import Codebook, Entry, admit, unit
 from clkit.tasks.base import EditRecord
@@ -83,10 +83,9 @@ class Grace(LayerEdits):
 
     def _train(self, record: EditRecord, value: Tensor | None) -> tuple[Tensor, list[float]]:
         """The value that answers a record, from ``value`` or what the layer gives, and the losses."""
-        found, prefix = self.prefix(record)
-        base, prompt = prefix.base[: found.edits], found.prompt[: found.edits]
-        last = last_token(prompt, prompt.shape[1], found.edits)
-        answer = torch.arange(prompt.shape[1], device=prompt.device) >= last[:, None]
+        found, prefix = self.prefix(record, lambda r: r.ends)
+        base, last = prefix.base[: found.edits], found.ends[: found.edits] - prefix.start
+        answer = torch.arange(base.shape[1], device=base.device) >= last[:, None]
         made = (base[0, last[0]] if value is None else value).clone().requires_grad_()
 
         def loss() -> Tensor:

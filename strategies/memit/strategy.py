@@ -15,6 +15,7 @@ from clkit.editing.descent import descend
 from clkit.editing.layer_edits import ChangedLayers, LearnedEditConfig
 from clkit.editing.losses import target_loss
 from clkit.editing.strategy import EditOutcome
+from clkit.errors import RequestError
 from clkit.models.additions import Additions, LowRankChange
 from clkit.models.causal_lm import CausalLM
 from clkit.modes import evaluating
@@ -70,15 +71,14 @@ class Memit(ChangedLayers):
     def _pair(self, record: EditRecord) -> tuple[Tensor, Tensor, list[float]]:
         """Key (in,) and value (out,) of an edit: what is read at the subject's last token, and what to add there."""
         config = self.config
-        found, prefix = self.prefix(record)
-        mask = found.prompt[: found.edits]
-        last = torch.where(mask, torch.arange(mask.shape[1], device=mask.device), 0).amax(dim=1)
-        places = last - tokens_after(self.model.form, record.prompt, record.target_new, record.subject)
-        each = torch.arange(found.edits, device=mask.device)
-        at = torch.zeros(mask.shape, device=mask.device)
+        after = tokens_after(self.model.form, record.prompt, record.target_new, record.subject)
+        found, prefix = self.prefix(record, lambda r: _subjects(r, after))
+        places = found.ends[: found.edits] - after - prefix.start
+        each = torch.arange(found.edits, device=places.device)
+        at = torch.zeros(prefix.states.shape[:2], device=places.device)
         at[each, places] = 1.0
         size = float(prefix.states[each, places].float().norm(dim=-1).mean())
-        value = torch.zeros(self.location.shape[0], device=mask.device, requires_grad=True)
+        value = torch.zeros(self.location.shape[0], device=places.device, requires_grad=True)
 
         def loss() -> Tensor:
             return target_loss(prefix.logits(at[..., None] * value), prefix.targets)
@@ -144,3 +144,17 @@ class Memit(ChangedLayers):
         self.pairs = {i: (key.to(device), value.to(device)) for i, (key, value) in state["pairs"].items()}
         up = [value for _, value in self.pairs.values()]
         self._put(LowRankChange(state["readers"][0].to(device), torch.stack(up, dim=1)) if up else None)
+
+
+def _subjects(found: rows.Rows, after: int) -> Tensor:
+    """(R,) position of the subject's last token, ``after`` tokens before the prompt's.
+
+    Raises:
+        RequestError: it was cut off.
+    """
+    if bool((found.prompt.sum(dim=1) <= after).any()):
+        raise RequestError(
+            "An edit does not fit the model: its subject was cut off, because prompt and target are too long together; "
+            "raise model.max_length."
+        )
+    return found.ends - after

@@ -126,7 +126,7 @@ class Wise:
         config, device = self.config, self.location.device
         with self.router.switched_off(), evaluating(self.model.module):
             found = self._rows(record).to(device)
-            prefix = self.reader.prefix(found, self.router.answer_only)
+            prefix = self.reader.prefix(found, found.ends if self.router.answer_only else None)
             settings = self._settings(prefix.activations, prefix.base, found)
             weight = None if self._weight is None else self._weight.to(device)
             others = None if config.compat else self._others(record, held, gone)

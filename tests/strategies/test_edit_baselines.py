@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from wise_models import logits, quick, record, tiny
 
+from clkit.editing.prefix import Reader
 from clkit.errors import NumericalError, RequestError
 from clkit.registry import STRATEGIES
 from clkit.strategies.mask_none import MaskNoneConfig
@@ -50,6 +52,45 @@ def test_an_edit_lowers_the_loss_and_its_target_becomes_more_likely(name):
     after = logits(strategy.model, prompt)[-1].log_softmax(-1)[target]
     assert outcome.losses["target"] < 4 < -float(before)
     assert float(after) > float(before) + 1
+
+
+@pytest.mark.parametrize("subject", [None, "of 1"])
+@pytest.mark.parametrize("name", ["memit", "grace"])
+def test_what_an_edit_can_not_change_is_not_computed_again(name, subject, monkeypatch):
+    edit = replace(record(1), subject=subject)
+    short, starts, prefix = attached(name), [], Reader.prefix
+
+    def watched(self, rows, since=None):
+        found = prefix(self, rows, since)
+        starts.append((found.start, rows.ends.min().item()))
+        return found
+
+    monkeypatch.setattr(Reader, "prefix", watched)
+    short.learn(edit)
+    monkeypatch.setattr(Reader, "prefix", lambda self, rows, since=None: prefix(self, rows))
+    whole = attached(name)
+    whole.learn(edit)
+    after = 2 if subject and name == "memit" else 0  # "1" is two tokens before the end of "Town of 1?"
+    assert [end - start for start, end in starts] == [after]
+    for a, b in zip(_tensors(short), _tensors(whole), strict=True):
+        assert float(b.abs().max()) > 0
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def _tensors(strategy):
+    state = strategy.memory_state()
+    if "pairs" in state:
+        return [t for pair in state["pairs"].values() for t in pair] + list(state["readers"])
+    return [entry["value"] for entry in state["entries"]]
+
+
+def test_a_subject_that_is_cut_off_is_refused():
+    model = tiny()
+    model.max_length = 12
+    memit = attached("memit", model)
+    with pytest.raises(RequestError, match=r"subject was cut off.*raise model\.max_length"):
+        memit.learn(replace(record(1), prompt="Town of 1, a longer question?", subject="Town"))
+    assert not memit.edits
 
 
 @pytest.mark.parametrize("name", CHANGED)

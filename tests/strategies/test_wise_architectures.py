@@ -62,7 +62,7 @@ def test_the_cached_prefix_has_the_gradients_of_a_full_pass(name, layer, reach):
     whole = build(wise.model.form, edit.prompt, edit.target_new, wise._contexts, [edit.locality_prompt], 200, eos=True)
     others = Others(wise._stacked([]), wise._stacked([edit.locality_prompt]))
     with wise.router.switched_off():
-        prefix = wise.reader.prefix(rows, reach == "answer")
+        prefix = wise.reader.prefix(rows, rows.ends if reach == "answer" else None)
         assert (prefix.start > 0) == (reach == "answer")
         settings = wise._settings(prefix.activations, prefix.base, rows)
         matrix = 0.01 * torch.randn(wise.location.shape, generator=torch.Generator().manual_seed(0))
