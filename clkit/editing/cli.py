@@ -27,6 +27,11 @@ def add_edit_command(commands: Any, add: Callable[..., argparse.ArgumentParser])
     edit.add_argument("--seed", type=int, default=0, help="seed of the method")
     edit.add_argument("--device", help="cpu or cuda (default: a GPU when there is one)")
     edit.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        help="of the model's weights (default: that of the edits in --output, else float32)",
+    )
+    edit.add_argument(
         "--on-conflict",
         choices=("error", "replace"),
         default="error",
@@ -82,7 +87,9 @@ def _editor(arguments: Any, section: Any) -> Any:
     from clkit.editing.editor import Editor
 
     model = arguments.model or _model_of(arguments.output)
-    return Editor.load(model, section, directory=arguments.output, seed=arguments.seed, device=arguments.device)
+    options = {} if arguments.dtype is None else {"dtype": arguments.dtype}
+    place = {"directory": arguments.output, "device": arguments.device}
+    return Editor.load(model, section, seed=arguments.seed, **place, **options)
 
 
 def _model_of(output: Path) -> str:

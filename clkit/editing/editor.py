@@ -25,12 +25,13 @@ from clkit.editing.store import (
     write_head,
 )
 from clkit.editing.strategy import EditStrategy, Explanation, language_model
-from clkit.errors import CheckpointError, Problem, RequestError, did_you_mean
+from clkit.errors import CheckpointError, ConfigError, Problem, RequestError, did_you_mean
 from clkit.evaluation.base import evaluation_mode
 from clkit.files import disk_errors
 from clkit.models import load_model
 from clkit.models.causal_lm import CausalLM
 from clkit.models.encoded_text import EncodedText
+from clkit.models.precision import DTYPES, pick_dtype
 from clkit.rng import fresh_generator
 from clkit.tasks.base import EditRecord, TextRecord
 
@@ -104,7 +105,8 @@ class Editor:
             directory: where edits are kept as they are made; one that holds edits is gone on with.
             seed: of the method.
             device: cpu or cuda; by default a GPU when there is one.
-            **options: further options of the model (``dtype``, ``prompt``, ``max_length``).
+            **options: further options of the model. ``dtype``: what its weights are kept and computed in, float32 by
+                default; edits are learned in float32 in any case. ``prompt``, ``max_length``.
 
         Raises:
             ConfigError, ModelError: an option is wrong, the model can't be loaded, or it is not the one of the edits.
@@ -118,18 +120,24 @@ class Editor:
         saved = read_edits(source) if source is not None else None
         if saved is not None:
             name = saved.model["name"] if source == path else str(model)
-            options = {"prompt": saved.model["prompt"], "max_length": saved.model["max_length"], **options}
+            options = {k: saved.model[k] for k in ("prompt", "max_length", "dtype") if k in saved.model} | options
             strategy, seed = saved.strategy, saved.seed
         else:
             name = str(model)
+        options = {"dtype": "float32", **options}
+        if options["dtype"] not in ("auto", *DTYPES):
+            raise ConfigError(f"dtype: got '{options['dtype']}', expected one of auto, {', '.join(DTYPES)}")
         place = torch.device(device) if device else torch.device("cuda" if torch.cuda.is_available() else "cpu")
         method, plugin = make_strategy(strategy)
         loaded = load_model(
-            ModelConfig(name=name, lora=LoraConfig(r=0), **{"dtype": "float32", **options}),
+            ModelConfig(name=name, lora=LoraConfig(r=0), **options),
             generator=fresh_generator(seed, "model"),
             device=place,
         )
         loaded.module.to(place)
+        kept = pick_dtype(options["dtype"], place)
+        for parameter in loaded.module.parameters():  # none is trained, so none has to be float32; buffers have to be
+            parameter.data = parameter.data.to(kept)
         if saved is not None:
             check_base(loaded.module, saved)
         editor = cls(language_model(loaded), method, plugin, seed, None, saved.base if saved is not None else None)

@@ -85,6 +85,7 @@ def write_head(directory: Path, model: CausalLM, plugin: Plugin, seed: int, base
             "name": model.name,
             "prompt": "chat" if model.form.chat else "plain",
             "max_length": model.max_length,
+            "dtype": str(next(model.module.parameters()).dtype).removeprefix("torch."),
             "origin": model.provenance.get("origin", ""),
         },
         "strategy": {"name": plugin.name, **asdict(plugin.config)},

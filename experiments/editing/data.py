@@ -16,7 +16,7 @@ from clkit.errors import DataError
 from clkit.metrics.editing import READINGS
 from clkit.tasks.base import EditRecord
 
-# Kept for choosing WISE's options, and never drawn here.
+# The last edits of a set are kept for choosing options (`zsre-kept`), and never drawn otherwise.
 TUNING = 100
 # Offsets into the pool of irrelevant questions: one is learned from, another is asked.
 _ASKED, _LEARNED = 0, 2000
@@ -52,9 +52,12 @@ def draw(name: str, count: int, seed: int) -> Edits:
     """
     file, make, readings = SETS[name]
     rows, pool = _read(file), _read("nq_locality_pairs.json")
-    order = np.random.default_rng(seed).permutation(len(rows) - TUNING)
+    kept = name.endswith("-kept")
+    order = np.random.default_rng(seed).permutation(TUNING if kept else len(rows) - TUNING)
+    order += (len(rows) - TUNING) * kept
     if count > len(order):
-        raise DataError(f"{file} has {len(order)} edits beside the {TUNING} kept for tuning; {count} were asked for")
+        what = "edits kept for tuning" if kept else f"edits beside the {TUNING} kept for tuning"
+        raise DataError(f"{file} has {len(order)} {what}; {count} were asked for")
     made = [make(rows[i], int(i), pool) for i in order[:count].tolist()]
     records, probes, near = zip(*made, strict=True)
     return Edits(records, tuple(p for ps in probes for p in ps), tuple(p for ps in near for p in ps), readings)
@@ -73,7 +76,8 @@ def zsre(
 ) -> tuple[EditRecord, list[Probe], list[Probe]]:
     """Edit, probes and near probes of one ZsRE row."""
     name, target = f"zsre-{number}", row["target_new"]
-    record = EditRecord(row["prompt"], target, name, row["rephrase_prompt"], pool[_LEARNED + number]["prompt"])
+    irrelevant = pool[_LEARNED + number]["prompt"]
+    record = EditRecord(row["prompt"], target, name, row["rephrase_prompt"], irrelevant, subject=row["subject"])
     others = tuple(a for a in row["ground_truth"][:1] if a != target)
     asked = [
         Probe("reliability", row["prompt"], target, name, others),
@@ -90,7 +94,8 @@ def hallucination(
 ) -> tuple[EditRecord, list[Probe], list[Probe]]:
     """Edit, probes and near probes of one passage whose next sentence was hallucinated."""
     name = f"hallucination-{number}"
-    record = EditRecord(row["prompt"], row["target_new"], name, locality_prompt=pool[_LEARNED + number]["prompt"])
+    irrelevant = pool[_LEARNED + number]["prompt"]
+    record = EditRecord(row["prompt"], row["target_new"], name, locality_prompt=irrelevant, subject=row["subject"])
     question = pool[_ASKED + number]
     asked = [
         Probe("reliability", row["prompt"], row["target_new"], name),
@@ -113,5 +118,6 @@ def _first(answer: Any) -> str:
 Maker = Callable[[dict[str, Any], int, Sequence[dict[str, Any]]], tuple[EditRecord, list[Probe], list[Probe]]]
 SETS: dict[str, tuple[str, Maker, tuple[str, ...]]] = {
     "zsre": ("zsre_edit_1000.json", zsre, tuple(READINGS)),
+    "zsre-kept": ("zsre_edit_1000.json", zsre, ("tokens", "generated-normalised")),
     "hallucination": ("selfcheckgpt_wikibio_hallucination_770.json", hallucination, ("tokens", "exact")),
 }

@@ -128,8 +128,9 @@ def _group(run: Run, number: int, edits: Edits, content: Mapping[str, Any]) -> d
     editor = Editor.load(model.pop("name"), run.section, directory=home, seed=run.seed, **model)
     records = edits.records[number * run.size : (number + 1) * run.size]
     options = EvalConfig(**content["evaluation"])
+    every = [r.id for r in records[:: content.get("ask_every", 1)]]  # the edits that are asked about
     asked, near = (
-        Measure(editor, probes, readings=edits.readings, routes=True, options=options)
+        Measure(editor, [p for p in probes if p.edit in every], readings=edits.readings, routes=True, options=options)
         for probes in (edits.probes, edits.near)
     )
     measured, rows = {}, []
@@ -137,7 +138,7 @@ def _group(run: Run, number: int, edits: Edits, content: Mapping[str, Any]) -> d
         path = home / f"after-{moment}.json"
         if not path.exists():
             editor.edit(records[:moment], progress=lambda e: print(f"  {e['number']}: {e['seconds']} s", flush=True))
-            ids = [r.id for r in records[:moment]]
+            ids = [i for i in every if i in {r.id for r in records[:moment]}]
             scores = {"all": asked.scores(ids), "near": near.scores(ids)}
             path.write_text(json.dumps({k: _plain(s) for k, s in scores.items()}, ensure_ascii=False), encoding="utf-8")
         state = json.loads(path.read_text(encoding="utf-8"))

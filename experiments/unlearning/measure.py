@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 import tofu
 import torch
-import yaml
 
 from clkit import api
 from clkit.metrics import unlearning as metrics
@@ -143,7 +142,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--settings", type=Path, default=HERE / "settings.yaml", help="default: beside this file")
     parser.add_argument("--output", type=Path, required=True)
     arguments = parser.parse_args(argv)
-    settings = yaml.safe_load(arguments.settings.read_text(encoding="utf-8"))
+    settings = tofu.read_settings(arguments.settings)
     found = measure(arguments.run_dir, settings, arguments.forget, arguments.certificate)
     temporary = arguments.output.with_suffix(".tmp")
     temporary.write_text(json.dumps(found), encoding="utf-8")

@@ -34,7 +34,6 @@ from typing import Any
 import measure
 import tofu
 import torch
-import yaml
 
 from clkit import build, cli, resolve
 from clkit.errors import ClkitError, ConfigError, did_you_mean
@@ -272,7 +271,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--override", nargs="+", default=[], help="key=value for the runs that learn")
     parser.add_argument("--summary", action="store_true", help="run nothing, compare what is finished")
     arguments = parser.parse_args(argv)
-    settings = yaml.safe_load(arguments.settings.read_text(encoding="utf-8"))
+    settings = tofu.read_settings(arguments.settings)
     torch.set_num_threads(1)
     failed = False
     try:

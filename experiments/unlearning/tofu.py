@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 ROWS_PER_AUTHOR = 20
 
 
@@ -25,6 +27,13 @@ class Question:
 def folder() -> Path:
     """Where the data is."""
     return Path(os.environ.get("CLKIT_DATA", "../shared/data")) / "tofu"
+
+
+def read_settings(file: Path) -> dict[str, Any]:
+    """The settings; ``extends`` names a file beside it whose keys hold where it says nothing."""
+    found: dict[str, Any] = yaml.safe_load(file.read_text(encoding="utf-8"))
+    under = found.pop("extends", None)
+    return found if under is None else read_settings(file.parent / under) | found
 
 
 def prompt(question: str) -> str:

@@ -176,6 +176,29 @@ def test_rollback_of_everything_is_the_unedited_model(edited, load):
     assert same(edited, load())
 
 
+# --- precision --------------------------------------------------------------------------------------------------------
+def test_the_model_is_kept_in_the_type_that_was_asked_for(load, tmp_path):
+    editor = load(dtype="bfloat16")
+    kinds = {p.dtype for p in editor.model.module.parameters()}
+    rotary = {b.dtype for name, b in editor.model.module.named_buffers() if name.endswith("inv_freq")}
+    assert kinds == {torch.bfloat16} and rotary == {torch.float32}
+    editor.edit([request(i) for i in range(3)])
+    assert all(t.dtype != torch.bfloat16 for t in _tensors(editor.strategy.memory_state()))
+    editor.save(tmp_path / "saved")
+    again, wider = load(tmp_path / "saved"), load(tmp_path / "saved", dtype="float32")
+    assert same(editor, again) and {p.dtype for p in again.model.module.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in wider.model.module.parameters()} == {torch.float32}
+    with pytest.raises(ConfigError, match="dtype: got 'half', expected one of auto, float32"):
+        load(dtype="half")
+
+
+def _tensors(state):
+    if isinstance(state, torch.Tensor):
+        return [state]
+    parts = state.values() if isinstance(state, dict) else state if isinstance(state, list | tuple) else ()
+    return [t for part in parts for t in _tensors(part)]
+
+
 # --- saving -----------------------------------------------------------------------------------------------------------
 def test_a_saved_directory_loads_and_goes_on(edited, load, tmp_path):
     edited.save(tmp_path / "saved")

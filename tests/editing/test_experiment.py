@@ -58,6 +58,11 @@ def test_draws_share_their_first_edits_and_never_touch_those_kept_for_tuning(mod
     assert not learned & {p.prompt for p in many.probes}, "what is learned from is never asked"
     assert {p.aspect for p in few.probes} == {"reliability", "generalisation", "locality", "portability"}
     assert all(p.answer for p in (*many.probes, *many.near))
+    assert all(r.subject in r.prompt for r in many.records)
+    kept = data.draw("zsre-kept", 100, 1)
+    assert sorted(int(r.id.removeprefix("zsre-")) for r in kept.records) == list(range(900, 1000))
+    with pytest.raises(DataError, match="has 100 edits kept for tuning; 101 were asked for"):
+        data.draw("zsre-kept", 101, 0)
     passages = data.draw("hallucination", 5, 0)
     assert [p.aspect for p in passages.probes[:2]] == ["reliability", "locality"] and len(passages.near) == 5
 
@@ -102,6 +107,29 @@ def test_a_run_that_is_cut_goes_on_after_its_last_edit(modules, command, tmp_pat
     monkeypatch.setattr(Editor, "_edit", lambda self, record: made.append(record.id) or plain(self, record))
     assert run.main(options) == 0 and len(made) == 1
     assert (tmp_path / "out/zsre/no-history/3-0/result.json").is_file()
+
+
+def test_only_some_of_many_edits_are_asked_about(modules, command, tmp_path):
+    data, run = modules
+    settings = tmp_path / "settings.yaml"
+    settings.write_text(yaml.safe_dump(yaml.safe_load(settings.read_text()) | {"ask_every": 2}))
+    assert run.main([*command, "--methods", "wise", "--sizes", "3"]) == 0
+    after = {t: json.loads((tmp_path / f"out/zsre/wise/3-0/group-0/after-{t}.json").read_text()) for t in (1, 3)}
+    asked = {t: {row["edit"] for part in found.values() for row in part["rows"]} for t, found in after.items()}
+    first, _, third = (r.id for r in data.draw("zsre", 3, 0).records)
+    assert asked == {1: {first}, 3: {first, third}}
+
+
+@pytest.mark.parametrize("name", ["settings", "all", "tuning"])
+def test_the_options_of_the_settings_are_valid(name, modules):
+    from clkit.editing.store import make_strategy
+
+    content = yaml.safe_load((HERE / f"{name}.yaml").read_text())
+    for section in content["methods"].values():
+        make_strategy(section)
+    data, _ = modules
+    assert all(t * groups <= (100 if name == "tuning" else 900) for t, groups in content["sizes"].items())
+    assert data.draw("zsre", 900, 0)
 
 
 def test_what_is_not_in_the_settings_is_refused(modules, command, capsys):

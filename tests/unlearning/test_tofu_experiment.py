@@ -68,13 +68,22 @@ def test_a_smaller_experiment_uses_the_shortest_rows_of_each_author_everywhere(e
     assert not gone & {r["author"] for r in rows(three[0], "train")}
 
 
-@pytest.mark.parametrize("name", ["settings", "small"])
+def test_settings_that_extend_others_say_what_differs(experiment):
+    _, tofu, _ = experiment
+    small, more = (tofu.read_settings(HERE / f"{name}.yaml") for name in ("small", "authors"))
+    assert more["methods"] == small["methods"] and more["overrides"] == small["overrides"] and "extends" not in more
+    assert more["forget"] == [2, 4, 8] and len(tofu.forgotten_rows(more, 8)) == 80
+    asked = tofu.questions(more, 8, 12)
+    assert len(asked["forget"]) == 80 and len(asked["retain"]) <= 12
+
+
+@pytest.mark.parametrize("name", ["settings", "small", "authors"])
 def test_every_method_is_one_that_there_is_and_has_a_retrained_model_to_be_compared_with(name, experiment, tmp_path):
     run, tofu, _ = experiment
     from clkit import resolve
     from clkit.unlearning.methods import METHODS, make
 
-    settings = yaml.safe_load((HERE / f"{name}.yaml").read_text())
+    settings = tofu.read_settings(HERE / f"{name}.yaml")
     arguments = argparse.Namespace(methods=None, forget=None, seeds=[0], out=tmp_path)
     requests = run.plan(arguments, settings)
     assert len({r.folder for r in requests}) == len(requests) == len(settings["forget"]) * len(settings["methods"])
