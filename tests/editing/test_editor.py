@@ -336,6 +336,14 @@ def test_edit_list_and_rollback(command, tmp_path, capsys):
     assert "2 active edits" in capsys.readouterr().out
 
 
+def test_the_command_keeps_the_type_of_the_weights(command, tmp_path):
+    assert main([*command[:1], "--dtype", "bfloat16", *command[1:]]) == 0
+    head = tmp_path / "out" / "edits.json"
+    assert json.loads(head.read_text())["model"]["dtype"] == "bfloat16"
+    assert main(command) == 0, "the same directory without the option goes on in its own type"
+    assert json.loads(head.read_text())["model"]["dtype"] == "bfloat16"
+
+
 def test_a_process_that_dies_after_its_last_edit_is_finished_by_the_same_command(load, tmp_path, monkeypatch):
     requests = [request(i) for i in range(3)]
     cut = load(directory=tmp_path / "cut")
