@@ -203,3 +203,13 @@ def at_last_token(values: Tensor, mask: Tensor | None) -> Tensor:
     """(B, 1, d) of ``values`` (B, T, d) at the last token that ``mask`` marks."""
     last = last_token(mask, values.shape[1], len(values)).to(values.device)
     return values[torch.arange(len(values), device=values.device), last][:, None]
+
+
+def mean_over(values: Tensor, mask: Tensor | None) -> Tensor:
+    """(B, d) float32, the mean of ``values`` (B, T, d) over the tokens that ``mask`` marks; None = all."""
+    values = values.float()
+    if mask is None:
+        return values.mean(dim=1)
+    weights = mask.to(values)[..., None]
+    mean: Tensor = (values * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1.0)
+    return mean

@@ -143,12 +143,12 @@ def inference(rounds: int) -> None:
     wise = Wise(model, WISEConfig(layer="25"))
     generator = torch.Generator().manual_seed(1)
     inputs = wise.location.shape[1]
-    wise.gate.likeness = Likeness.between(torch.randn(40, inputs, generator=generator))
+    wise.gate.likeness = Likeness.between(torch.randn(40, 2, inputs, generator=generator))
     memories = []
     for n in range(10):
         edits = [f"{n}-{i}" for i in range(100)]
         for edit_id in edits:
-            wise.gate.add(edit_id, torch.randn(inputs, generator=generator))
+            wise.gate.add(edit_id, torch.randn(2, inputs, generator=generator))
         matrix = 1e-3 * torch.randn(wise.location.shape, generator=generator)
         memories.append(SideMemory([(n, edits)], matrix, 0.0))
     wise.layer.put(memories)

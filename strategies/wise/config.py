@@ -66,6 +66,13 @@ class WISEConfig(StrategyConfig):
         min=0,
         max=1,
     )
+    false_positive_rate: float = opt(
+        0.05,
+        "likeness rises with the edits so that at most this part of the newest 512 edits' irrelevant prompts passes, "
+        "from 200 such prompts on (1 and compat: it stays)",
+        above=0,
+        max=1,
+    )
     stop_loss: float | None = opt(None, "an edit is learned when its loss is not above", min=0)
     contexts: int = opt(
         10, "texts that the model writes itself, put before the prompt to learn paraphrases", min=0, max=10

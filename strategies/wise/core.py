@@ -20,7 +20,7 @@ from clkit.modes import evaluating
 from clkit.rng import fresh_generator
 from clkit.strategies.wise.config import WISEConfig, settled
 from clkit.strategies.wise.delta import SparseDelta
-from clkit.strategies.wise.likeness import Gate, Likeness
+from clkit.strategies.wise.likeness import Gate, Likeness, readings_of
 from clkit.strategies.wise.masks import shard_mask
 from clkit.strategies.wise.merge import merge
 from clkit.strategies.wise.optimise import Objective, Others, Outcome, Settings, optimise
@@ -32,6 +32,8 @@ from clkit.tasks.base import EditRecord
 
 # The published code's weights when a merged memory is merged again (WISE-Merge): new shards together, old one.
 _PUBLISHED_AGAIN = (0.4, 0.6)
+# Unrelated prompts from which the limit of likeness is measured: the newest, and not from fewer (ten of 200 may pass).
+_NEWEST, _ENOUGH = 512, 200
 
 
 class Wise:
@@ -58,7 +60,7 @@ class Wise:
             self._weight = dense_weight(location.projection)
             activation = _activation(location)
         always, answer_only = config.routing == "none", self.config.reach == "answer"
-        self.gate = Gate(self.config.likeness)
+        self.gate = Gate(self.config.likeness, self.config.false_positive_rate)
         gate = self.gate if self.gate.limit and not always else None
         slack = cast(float, self.config.slack)  # settled
         self.router = Router(slack, activation, config.compat, always, answer_only, gate)
@@ -141,8 +143,17 @@ class Wise:
         """Let the gate know the edit's prompt."""
         if self.gate.limit:
             if self.gate.likeness is None:
-                self.gate.likeness = Likeness.between(self._stacked(contexts.IRRELEVANT))
-            self.gate.add(record.id, self.reading(record.prompt))
+                self.gate.likeness = Likeness.between(torch.stack([self.read(p) for p in contexts.IRRELEVANT]))
+            self.gate.add(record.id, self.read(record.prompt))
+            self._adjust()
+
+    def _adjust(self) -> None:
+        """Let the gate follow how many unrelated prompts look like an edit: those that edits came with."""
+        asked = {texts[0] for texts in self.prompts.values()}
+        apart = dict.fromkeys(text for texts in self.prompts.values() for text in texts[1:] if text not in asked)
+        if self.gate.false_positive_rate < 1:
+            known = list(apart)[-_NEWEST:] if len(apart) >= _ENOUGH else []
+            self.gate.adjust([self.read(text) for text in known])
 
     def _protection(self, prefix: Prefix, found: rows.Rows, kept: Sequence[str], others: Others | None) -> Protection:
         """What steps leave alone: what edits ``kept`` in this memory say, and how little it says to ``others``."""
@@ -293,7 +304,11 @@ class Wise:
         return found
 
     def reading(self, prompt: str) -> Tensor:
-        """(in,) what the projection reads at the last token of a prompt; kept while the process lives.
+        """(in,) what the projection reads at the last token of a prompt."""
+        return self.read(prompt)[0]
+
+    def read(self, prompt: str) -> Tensor:
+        """(2, in) what the projection reads of a prompt, for :class:`Likeness`; kept while the process lives.
 
         Each prompt is computed by itself, so that it is the same bits whenever it is computed again.
         """
@@ -302,7 +317,7 @@ class Wise:
             tokens = torch.tensor(ids, device=self.location.device)
             with self.router.switched_off():
                 x, _ = self.reader.activations(tokens, torch.ones_like(tokens))
-            self._readings[prompt] = x[0, -1].float()
+            self._readings[prompt] = readings_of(x, None)[0]
         return self._readings[prompt]
 
     # --- taking edits out -------------------------------------------------------------------------------------------
@@ -338,6 +353,8 @@ class Wise:
             self.live = None
         self.layer.put([m for m in memories if m.edits])
         self.calibrate()
+        if self.gate.limit:
+            self._adjust()
         return again
 
     def _relearn(

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from clkit.errors import RequestError, did_you_mean
 from clkit.models.routing import PromptRouter, at_last_token
+from clkit.strategies.wise.likeness import readings_of
 
 if TYPE_CHECKING:
     from clkit.strategies.wise.likeness import Gate
@@ -133,7 +134,7 @@ class Router(PromptRouter):
             limits = [-math.inf if self.always else m.threshold * self.slack for m in memories]
             alike, fit, rank = None, scores, scores
             if self.gate is not None:
-                alike = rank = self.gate(read[:, 0], [m.edits for m in memories])
+                alike = rank = self.gate(readings_of(x, mask), [m.edits for m in memories])
                 fit = scores.where(alike >= self.gate.limit, -math.inf)
             chosen = choose(fit, limits, rank)
             names = [m.name for m in memories]

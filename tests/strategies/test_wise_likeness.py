@@ -7,23 +7,25 @@ import torch
 from wise_models import edited, quick, record, tiny
 
 from clkit.editing import rows
+from clkit.strategies.wise import core
 from clkit.strategies.wise.core import Wise
-from clkit.strategies.wise.likeness import Likeness
+from clkit.strategies.wise.likeness import Gate, Likeness, readings_of
 
 
-def test_signs_give_the_cosine_without_what_is_shared():
+def test_signs_give_the_cosines_without_what_is_shared():
     generator = torch.Generator().manual_seed(0)
-    common = 3 * torch.randn(300, generator=generator)
-    others = common + torch.randn(60, 300, generator=generator)
-    likeness = Likeness.between(others)
-    assert likeness.shared.shape == (8, 300)
-    torch.testing.assert_close(likeness.shared @ likeness.shared.T, torch.eye(8), rtol=0, atol=2e-3)
-    mine = torch.randn(40, 300, generator=generator)
-    near = 0.7 * mine + 0.5 * torch.randn(40, 300, generator=generator)
+    common = 3 * torch.randn(2, 300, generator=generator)
+    likeness = Likeness.between(common + torch.randn(60, 2, 300, generator=generator))
+    assert [s.shape for s in likeness.shared] == [(8, 300), (1, 300)]
+    for shared in likeness.shared:
+        torch.testing.assert_close(shared @ shared.T, torch.eye(len(shared)), rtol=0, atol=2e-3)
+    mine = torch.randn(40, 2, 300, generator=generator)
+    near = 0.7 * mine + 0.5 * torch.randn(40, 2, 300, generator=generator)
     readings, queries = common + mine, common + near
-    rest = [r / r.norm(dim=-1, keepdim=True) for r in (readings, queries)]
-    rest = [r - r @ likeness.shared.T @ likeness.shared for r in rest]
-    expected = torch.nn.functional.cosine_similarity(rest[1][:, None], rest[0][None], dim=-1)
+    expected = sum(
+        weight * cosine(queries[:, kind], readings[:, kind], likeness.shared[kind])
+        for kind, weight in enumerate((0.8, 0.2))  # the last token, and the mean
+    )
     found = likeness(queries, likeness.prints(readings))
     assert likeness.prints(readings).shape == (40, 96) and likeness.prints(readings).dtype == torch.uint8
     # A sign keeps a projection's direction, not its size: an error of sqrt(pi / 2 / 768) = .045, and none in the mean.
@@ -31,18 +33,49 @@ def test_signs_give_the_cosine_without_what_is_shared():
     assert float((found - expected).square().mean().sqrt()) < 0.05
     assert abs(float((found - expected).mean())) < 0.005
     # Plain cosines are high for all of them: what is shared hides what is not.
-    plain = torch.nn.functional.cosine_similarity(queries[:, None], readings[None], dim=-1)
+    plain = cosine(queries[:, 0], readings[:, 0], torch.zeros(1, 300))
     apart = ~torch.eye(40, dtype=torch.bool)
     assert plain[apart].mean() > 0.8 and expected[apart].mean() < 0.1 and expected.diagonal().mean() > 0.75
 
 
+def cosine(queries: torch.Tensor, readings: torch.Tensor, shared: torch.Tensor) -> torch.Tensor:
+    """(B, N) cosines of (B, in) and (N, in) without the directions ``shared``."""
+    rest = [r / r.norm(dim=-1, keepdim=True) for r in (readings, queries)]
+    rest = [r - r @ shared.T @ shared for r in rest]
+    return torch.nn.functional.cosine_similarity(rest[1][:, None], rest[0][None], dim=-1)
+
+
+def test_what_is_read_is_the_last_token_and_the_mean_of_the_prompt():
+    x = torch.randn(2, 5, 7, generator=torch.Generator().manual_seed(0))
+    mask = torch.tensor([[True, True, True, False, False], [False, True, True, True, True]])
+    found = readings_of(x, mask)
+    torch.testing.assert_close(found[0], torch.stack([x[0, 2], x[0, :3].mean(dim=0)]))
+    torch.testing.assert_close(found[1], torch.stack([x[1, 4], x[1, 1:].mean(dim=0)]))
+    assert torch.equal(readings_of(x, None)[0], torch.stack([x[0, 4], x[0].mean(dim=0)]))
+
+
 def test_prints_do_not_depend_on_the_machine():
-    likeness = Likeness(torch.eye(1, 16))
+    alone, both = Likeness([torch.eye(1, 16)]), Likeness([torch.eye(1, 16), torch.eye(1, 16)])
     # Of SHAKE-256's stream, which no library's random generator can change; no projection is near 0, where rounding
     # would decide the sign.
-    reading = torch.arange(16.0).sqrt()[None]
-    assert likeness._projected(reading)[0, :48].abs().min() > 0.01
-    assert likeness.prints(reading)[0, :6].tolist() == [80, 215, 127, 191, 49, 35]
+    reading = torch.arange(16.0).sqrt().expand(1, 2, 16)
+    for likeness, expected in ((alone, [80, 215, 127, 191, 49, 35]), (both, [84, 215, 46, 191, 51, 35])):
+        assert likeness._projected(reading)[0, :48].abs().min() > 0.01
+        assert likeness.prints(reading)[0, :6].tolist() == expected
+
+
+def test_a_directory_from_before_the_mean_counted_goes_on_as_it_was():
+    generator = torch.Generator().manual_seed(0)
+    gate, again = Gate(0.55), Gate(0.55)
+    gate.likeness = Likeness([torch.eye(2, 16)])
+    reading = torch.randn(2, 16, generator=generator)
+    gate.add("e0", reading)
+    state = gate.state_dict() | {"shared": torch.eye(2, 16).half()}  # one tensor, as it was saved
+    del state["limit"]
+    again.load_state_dict(state, ["e0"])
+    other = torch.stack([reading[0], torch.randn(16, generator=generator)])  # another mean: it does not count
+    assert again.alike(other[None], ["e0"]).item() > 0.9
+    assert again.alike(reading.flip(0)[None], ["e0"]).item() < 0.6
 
 
 def test_a_memory_answers_only_what_looks_like_its_edits():
@@ -112,3 +145,53 @@ def test_of_several_memories_the_one_with_the_most_alike_edit_answers():
     second.matrix.mul_(100.0)  # and one of them always says more
     wise.gate.limit = -1.0
     assert [route(wise, p) for p in prompts] == [first.name, second.name]
+
+
+def test_the_limit_rises_until_few_unrelated_readings_pass():
+    generator = torch.Generator().manual_seed(0)
+    gate = Gate(0.1, false_positive_rate=0.05)
+    gate.likeness = Likeness.between(torch.randn(60, 2, 300, generator=generator))
+    edits = torch.randn(40, 2, 300, generator=generator)
+    for number, reading in enumerate(edits):
+        gate.add(f"e{number}", reading)
+    unrelated = torch.randn(210, 2, 300, generator=generator)
+    nearest = gate.alike(unrelated, list(gate.prints)).amax(dim=1)
+    assert int((nearest >= gate.limit).sum()) > 100  # forty edits: most are a little like one of them
+    gate.adjust(unrelated)
+    assert int((nearest >= gate.limit).sum()) == 10  # of 210, and the next one would be too many
+    assert bool((gate.alike(edits, list(gate.prints)).amax(dim=1) >= gate.limit).all())
+    gate.adjust(unrelated[:0])  # nothing to measure on
+    assert gate.limit == gate.least == 0.1
+    gate.adjust(edits)  # however much looks like an edit, an edit's own prompt passes
+    assert gate.limit == 0.8
+
+
+def test_what_edits_came_with_is_what_the_limit_is_measured_on(monkeypatch):
+    monkeypatch.setattr(core, "_ENOUGH", 4)
+    monkeypatch.setattr(core, "_NEWEST", 5)
+    options = {"likeness": 0.05, "false_positive_rate": 0.2}
+    wise = edited(3, **options)
+    assert wise.gate.limit == 0.05  # three irrelevant prompts are too few
+    for i in (3, 4):
+        wise.learn(record(i))
+    wise.learn(record(5, prompt="Sum of 4?", locality_prompt=None))  # what was irrelevant is an edit now
+    unrelated = [wise.read(f"Sum of {i}?") for i in range(4)]
+    alone = Gate(0.05, 0.2)
+    alone.likeness, alone.prints = wise.gate.likeness, wise.gate.prints
+    alone.adjust(unrelated)
+    assert wise.gate.limit == alone.limit > 0.05
+
+    again = Wise(tiny(), quick(**options))
+    again.load_state_dict(wise.state_dict())
+    assert again.gate.limit == wise.gate.limit
+    fixed = Wise(tiny(), quick(likeness=0.05, false_positive_rate=1.0))
+    fixed.load_state_dict(wise.state_dict())
+    assert fixed.gate.limit == 0.05
+    former = wise.state_dict()
+    del former["likeness"]["limit"]  # as saved before it could rise
+    again.load_state_dict(former)
+    assert again.gate.limit == 0.05
+
+    wise.forget(["e0"], {f"e{i}": record(i) for i in range(6)})
+    assert wise.gate.limit == 0.05  # too few again
+    assert edited(5, likeness=0.05, false_positive_rate=1.0).gate.limit == 0.05
