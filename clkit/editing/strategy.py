@@ -130,6 +130,10 @@ class EditStrategy(Strategy):
         """None: an edit is not a step of the run's optimiser."""
         return []
 
+    def holds(self) -> dict[str, int]:
+        """Trained is what the edits keep: the floating-point numbers in their memories."""
+        return super().holds() | {"trained_parameters": _numbers(self.memory_state())}
+
     def stage_steps(self, stage: int) -> int:
         """One per edit."""
         return sum(len(self.run.tasks[i].train) for i in self.training_set(stage))
@@ -197,3 +201,11 @@ def edit_records(task: Task) -> tuple[EditRecord, ...]:
     if not isinstance(task.train, EditExamples):
         raise CapabilityError(f"Task '{task.name}' holds no edits; set tasks.kind=edit.")
     return task.train.records
+
+
+def _numbers(state: Any) -> int:
+    """Floating-point numbers in the tensors of a nested state."""
+    if isinstance(state, Tensor):
+        return state.numel() * state.is_floating_point()
+    parts = state.values() if isinstance(state, Mapping) else state if isinstance(state, list | tuple) else ()
+    return sum(_numbers(part) for part in parts)

@@ -56,6 +56,17 @@ def test_a_run_writes_down_what_the_editor_writes_into_its_journal(name, edit_co
         assert ours.get("routes", {}).keys() == theirs.get("routes", {}).keys()
 
 
+def test_what_a_run_costs_are_the_numbers_that_its_edits_keep(edit_content, tmp_path):
+    costs = {}
+    for name in ("ft_layer", "grace"):
+        result = api.run(config(edit_content, name, output_dir=str(tmp_path / name)))
+        lines = [json.loads(line) for line in (result.run_dir / "events.jsonl").read_text().splitlines()]
+        costs[name] = [e["trainable_parameters"] for e in lines if e["event"] == "cost"]
+    assert len(set(costs["ft_layer"])) == 1 and costs["ft_layer"][0] > 0  # one layer, however many edits
+    first, second = costs["grace"]  # keys and values of three edits, then of six
+    assert 0 < first < second < costs["ft_layer"][0]
+
+
 def test_a_run_that_was_cut_writes_every_edit_down_once(edit_content, tmp_path, monkeypatch):
     whole = api.run(config(edit_content, "grace", output_dir=str(tmp_path / "whole")))
     cut = config(edit_content, "grace", output_dir=str(tmp_path / "cut"))
