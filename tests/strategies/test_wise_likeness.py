@@ -7,6 +7,8 @@ import torch
 from wise_models import edited, quick, record, tiny
 
 from clkit.editing import rows
+from clkit.editing.prefix import position_ids
+from clkit.models.routing import marking_prompt
 from clkit.strategies.wise import core
 from clkit.strategies.wise.core import Wise
 from clkit.strategies.wise.likeness import Gate, Likeness, readings_of
@@ -90,6 +92,33 @@ def test_a_memory_answers_only_what_looks_like_its_edits():
     assert decision.scores["shard-0"] > decision.thresholds["shard-0"] and decision.likeness["shard-0"] < 0.55
     wise.gate.limit = -1.0
     assert route(wise, far) == "shard-0"
+
+
+def test_likeness_is_that_of_the_prompt_however_it_comes():
+    wise = edited(2, likeness=0.55)
+    texts = ["Town of 0?", "Something else, and longer"]
+    ids = [rows.prompt_ids(wise.model.form, [text], wise.model.max_length)[0] for text in texts]
+    width, (short, long) = 40, map(len, ids)
+    left = torch.tensor([[0] * (width - len(row)) + row for row in ids])
+    right = torch.tensor([row + [0] * (width - len(row)) for row in ids])
+    answered = torch.tensor([ids[0] + ids[1], ids[1] + ids[0]])  # each with the other as its answer
+    expected = [wise.gate.alike(wise.read(text)[None], list(wise.prompts)).max().item() for text in texts]
+    places = torch.arange(width)[None]
+    lengths = torch.tensor([[short], [long]])
+    cases = {
+        "alone": (torch.tensor(ids[:1]), None),
+        "padded on the left": (left, places >= width - lengths),
+        "padded on the right": (right, places < lengths),
+    }
+    for name, (tokens, mask) in cases.items():
+        mask = torch.ones_like(tokens) if mask is None else mask.long()
+        with torch.inference_mode():
+            wise.model.module(input_ids=tokens, attention_mask=mask, position_ids=position_ids(mask))
+        found = [d.likeness["shard-0"] for d in wise.router.last]
+        assert found == pytest.approx(expected[: len(found)], abs=1e-3), name
+    with torch.inference_mode(), marking_prompt(torch.arange(short + long)[None] < lengths):
+        wise.model.module(input_ids=answered)
+    assert [d.likeness["shard-0"] for d in wise.router.last] == pytest.approx(expected, abs=1e-3)
 
 
 def test_the_gate_follows_edits_out_and_through_a_saved_state():
