@@ -98,15 +98,23 @@ class LayerEdits(EditStrategy):
             ).to(device)
             return found, self.reader.prefix(found, None if since is None else since(found))
 
-    def reading(self, prompt: str) -> Tensor:
-        """(in,) what the projection reads at the last token of a prompt, in the unedited model."""
-        if prompt not in self._readings:
+    def reading(self, prompt: str, keep: bool = True) -> Tensor:
+        """(in,) what the projection reads at the last token of a prompt, in the unedited model.
+
+        Args:
+            prompt: one text.
+            keep: remember it, since it is an edit's; False for what is only asked about.
+        """
+        found = self._readings.get(prompt)
+        if found is None:
             ids = rows.prompt_ids(self.model.form, [prompt], self.model.max_length)
             tokens = torch.tensor(ids, device=self.location.device)
             with self.unedited():
                 x, _ = self.reader.activations(tokens, torch.ones_like(tokens))
-            self._readings[prompt] = x[0, -1].float()
-        return self._readings[prompt]
+            found = x[0, -1].float()
+            if keep:
+                self._readings[prompt] = found
+        return found
 
     def nearest(self, prompt: str) -> list[tuple[str, float]]:
         """The edits whose prompts look most alike to the projection, and their cosine similarity."""
@@ -114,7 +122,7 @@ class LayerEdits(EditStrategy):
             return []
         known = list(self.edits)
         others = torch.stack([self.reading(self.edits[i]) for i in known])
-        alike = torch.cosine_similarity(others, self.reading(prompt)[None])
+        alike = torch.cosine_similarity(others, self.reading(prompt, keep=False)[None])
         return [(known[i], float(alike[i])) for i in alike.argsort(descending=True)[:_NEAREST].tolist()]
 
     def memory_state(self) -> dict[str, Any]:

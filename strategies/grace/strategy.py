@@ -174,7 +174,7 @@ class Grace(LayerEdits):
         book = self._book
         if book is None:
             return Explanation(None, {}, {})
-        (why,) = self._reasons(book, book.gaps(self.reading(prompt)[None]))
+        (why,) = self._reasons(book, book.gaps(self.reading(prompt, keep=False)[None]))
         return replace(why, nearest=self.nearest(prompt))
 
     def decisions(self) -> list[Explanation]:

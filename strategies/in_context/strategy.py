@@ -95,7 +95,7 @@ class InContext(LayerEdits):
         """Which edit is told to the model, and how similar each one is."""
         if not self.edits:
             return Explanation(None, {}, {})
-        (why,) = self._reasons(self._alike(self.reading(prompt)[None]))
+        (why,) = self._reasons(self._alike(self.reading(prompt, keep=False)[None]))
         return replace(why, nearest=self.nearest(prompt))
 
     def decisions(self) -> list[Explanation]:

@@ -307,18 +307,25 @@ class Wise:
         """(in,) what the projection reads at the last token of a prompt."""
         return self.read(prompt)[0]
 
-    def read(self, prompt: str) -> Tensor:
-        """(2, in) what the projection reads of a prompt, for :class:`Likeness`; kept while the process lives.
+    def read(self, prompt: str, keep: bool = True) -> Tensor:
+        """(2, in) what the projection reads of a prompt, for :class:`Likeness`.
 
         Each prompt is computed by itself, so that it is the same bits whenever it is computed again.
+
+        Args:
+            prompt: one text.
+            keep: remember it as long as its edit is there; False for what is only asked about.
         """
-        if prompt not in self._readings:
+        found = self._readings.get(prompt)
+        if found is None:
             ids = rows.prompt_ids(self.model.form, [prompt], self.model.max_length)
             tokens = torch.tensor(ids, device=self.location.device)
             with self.router.switched_off():
                 x, _ = self.reader.activations(tokens, torch.ones_like(tokens))
-            self._readings[prompt] = readings_of(x, None)[0]
-        return self._readings[prompt]
+            found = readings_of(x, None)[0]
+            if keep:
+                self._readings[prompt] = found
+        return found
 
     # --- taking edits out -------------------------------------------------------------------------------------------
     def forget(self, ids: Sequence[str], records: Mapping[str, EditRecord]) -> list[str]:

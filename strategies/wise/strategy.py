@@ -74,12 +74,12 @@ class WISE(EditStrategy):
         ids = torch.tensor(rows.prompt_ids(wise.model.form, [prompt], wise.model.max_length), device=device)
         wise.reader.activations(ids, torch.ones_like(ids))
         (decision,) = wise.router.last
-        known = list(wise.prompts)
+        known, read = list(wise.prompts), wise.read(prompt, keep=False)
         if wise.gate.limit:
-            alike = wise.gate.alike(wise.read(prompt)[None], known)[0]
+            alike = wise.gate.alike(read[None], known)[0]
         else:
             others = torch.stack([wise.reading(wise.prompts[i][0]) for i in known])
-            alike = torch.cosine_similarity(others, wise.reading(prompt)[None])
+            alike = torch.cosine_similarity(others, read[:1])
         order = alike.argsort(descending=True)[:_NEAREST].tolist()
         nearest = [(known[i], float(alike[i])) for i in order]
         return self._explained(decision, nearest)

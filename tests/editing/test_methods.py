@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 
 import pytest
@@ -61,6 +62,18 @@ def test_it_saves_loads_goes_on_and_takes_back(name, tiny_llama, tmp_path):
     for i in ("e0", "e2"):
         editor.rollback(i)
     assert same(answers(editor), plain) and not editor.memories()
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_what_is_asked_about_is_not_kept(name, tiny_llama):
+    editor = clkit.Editor.load(tiny_llama, section(name), device="cpu", prompt="plain")
+    editor.edit(requests(0, 1))
+    sizes = []
+    for i in range(8):
+        editor.explain(f"Nobody's {i} question?")
+        gc.collect()
+        sizes.append(sum(type(thing) is torch.Tensor for thing in gc.get_objects()))
+    assert len(set(sizes[2:])) == 1
 
 
 @pytest.mark.parametrize("name", METHODS)
