@@ -116,13 +116,17 @@ class LayerEdits(EditStrategy):
                 self._readings[prompt] = found
         return found
 
-    def nearest(self, prompt: str) -> list[tuple[str, float]]:
-        """The edits whose prompts look most alike to the projection, and their cosine similarity."""
+    def nearest(self, reading: Tensor) -> list[tuple[str, float]]:
+        """The edits whose prompts look most alike to the projection, and their cosine similarity.
+
+        Args:
+            reading: (in,) of a prompt, see :meth:`reading`.
+        """
         if not self.edits:
             return []
         known = list(self.edits)
         others = torch.stack([self.reading(self.edits[i]) for i in known])
-        alike = torch.cosine_similarity(others, self.reading(prompt, keep=False)[None])
+        alike = torch.cosine_similarity(others, reading[None])
         return [(known[i], float(alike[i])) for i in alike.argsort(descending=True)[:_NEAREST].tolist()]
 
     def memory_state(self) -> dict[str, Any]:
@@ -160,7 +164,7 @@ class ChangedLayers(LayerEdits):
 
     def explain(self, prompt: str) -> Explanation:
         """Every prompt goes through the change; the nearest edits are those whose prompts look most alike."""
-        return Explanation(self.memory if self.edits else None, {}, {}, self.nearest(prompt))
+        return Explanation(self.memory if self.edits else None, {}, {}, self.nearest(self.reading(prompt, keep=False)))
 
 
 class TrainedChange(ChangedLayers):

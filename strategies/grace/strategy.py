@@ -174,8 +174,9 @@ class Grace(LayerEdits):
         book = self._book
         if book is None:
             return Explanation(None, {}, {})
-        (why,) = self._reasons(book, book.gaps(self.reading(prompt, keep=False)[None]))
-        return replace(why, nearest=self.nearest(prompt))
+        reading = self.reading(prompt, keep=False)
+        (why,) = self._reasons(book, book.gaps(reading[None]))
+        return replace(why, nearest=self.nearest(reading))
 
     def decisions(self) -> list[Explanation]:
         """Which entry answered each sequence of the newest pass, as in :meth:`explain`."""

@@ -95,8 +95,9 @@ class InContext(LayerEdits):
         """Which edit is told to the model, and how similar each one is."""
         if not self.edits:
             return Explanation(None, {}, {})
-        (why,) = self._reasons(self._alike(self.reading(prompt, keep=False)[None]))
-        return replace(why, nearest=self.nearest(prompt))
+        reading = self.reading(prompt, keep=False)
+        (why,) = self._reasons(self._alike(reading[None]))
+        return replace(why, nearest=self.nearest(reading))
 
     def decisions(self) -> list[Explanation]:
         """Which edit was told in each sequence of the newest pass, as in :meth:`explain`."""
