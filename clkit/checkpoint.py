@@ -88,6 +88,11 @@ class CheckpointStore:
         """Complete checkpoints, oldest first."""
         return sorted(p for p in self.directory.glob("[0-9]*") if p.name.isdecimal() and p.is_dir())
 
+    def newest(self) -> str | None:
+        """Name of the newest complete checkpoint: another one once anything was saved since."""
+        found = self.list()
+        return found[-1].name if found else None
+
     def save(self, state: dict[str, Any]) -> Path:
         """Write a new checkpoint and drop the oldest beyond ``keep``.
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from clkit.errors import ConfigError
+from clkit.errors import ConfigError, Problem
 
 
 def add_edit_command(commands: Any, add: Callable[..., argparse.ArgumentParser]) -> None:
@@ -22,9 +24,9 @@ def add_edit_command(commands: Any, add: Callable[..., argparse.ArgumentParser])
     edit.add_argument("--output", type=Path, required=True, metavar="DIR", help="where the edits are kept")
     edit.add_argument("--model", help="the model to edit (default: the one of the edits in --output)")
     edit.add_argument("--requests", type=Path, metavar="FILE", help="edit requests (JSONL, JSON, CSV, parquet)")
-    edit.add_argument("--strategy", default="wise", help="the method (default: wise)")
+    edit.add_argument("--strategy", help="the method (default: that of the edits in --output, else wise)")
     edit.add_argument("--set", nargs="+", default=[], metavar="key=value", help="options of the method")
-    edit.add_argument("--seed", type=int, default=0, help="seed of the method")
+    edit.add_argument("--seed", type=int, help="seed of the method (default: that of the edits in --output, else 0)")
     edit.add_argument("--device", help="cpu or cuda (default: a GPU when there is one)")
     edit.add_argument(
         "--dtype",
@@ -55,16 +57,21 @@ def _edit(arguments: Any) -> None:
         raise ConfigError("--requests: give a file of edit requests, or --list, or --rollback ID")
     if arguments.model is None and not exists:
         raise ConfigError("--model: give the model to edit")
-    _apply(arguments, exists)
+    _apply(arguments)
 
 
-def _apply(arguments: Any, exists: bool) -> None:
+def _apply(arguments: Any) -> None:
     from clkit.editing.request import read_requests
-    from clkit.resolve import merge
+    from clkit.editing.store import held
 
     records = read_requests(arguments.requests)  # every malformed one is found before the model is loaded
-    section = merge({"strategy": {"name": arguments.strategy}}, [f"strategy.{o}" for o in arguments.set])["strategy"]
-    editor = _editor(arguments, section if not exists else "wise")
+    _section(arguments)
+    with held(arguments.output):  # from before the model is loaded to the report: a second command is refused at once
+        _learn(arguments, records)
+
+
+def _learn(arguments: Any, records: Any) -> None:
+    editor = _editor(arguments)
     left = sum(r.id not in editor.records for r in records)
     if not arguments.quiet:
         print(f"{len(records)} requests, {len(records) - left} done already, {left} to do")
@@ -83,19 +90,62 @@ def _apply(arguments: Any, exists: bool) -> None:
     print(_report(editor, records))
 
 
-def _editor(arguments: Any, section: Any) -> Any:
+def _section(arguments: Any, made_with: str = "wise") -> Any:
+    """The method's section of a configuration, checked.
+
+    Raises:
+        ConfigError: the method is unknown or does not edit, or an option is wrong.
+    """
+    from clkit.editing.store import make_strategy
+    from clkit.resolve import merge
+
+    content = {"strategy": {"name": arguments.strategy or made_with}}
+    section = merge(content, [f"strategy.{o}" for o in arguments.set])["strategy"]
+    make_strategy(section)
+    return section
+
+
+def _editor(arguments: Any) -> Any:
     from clkit.editing.editor import Editor
-
-    model = arguments.model or _model_of(arguments.output)
-    options = {} if arguments.dtype is None else {"dtype": arguments.dtype}
-    place = {"directory": arguments.output, "device": arguments.device}
-    return Editor.load(model, section, seed=arguments.seed, **place, **options)
-
-
-def _model_of(output: Path) -> str:
     from clkit.editing.store import read_edits
 
-    return str(read_edits(output).model["name"])
+    output, model, section = arguments.output, arguments.model, None
+    if (output / "edits.json").is_file():
+        saved = read_edits(output)
+        _check_same(arguments, saved)
+        model = model or saved.model["name"]
+    else:
+        section = _section(arguments)
+    options = {} if arguments.dtype is None else {"dtype": arguments.dtype}
+    return Editor.load(
+        model, section or "wise", seed=arguments.seed or 0, directory=output, device=arguments.device, **options
+    )
+
+
+def _check_same(arguments: Any, saved: Any) -> None:
+    """Edits are gone on with as they were begun.
+
+    Raises:
+        ConfigError: another method, option or seed was asked for.
+    """
+    from clkit.editing.store import make_strategy
+
+    made, asked = saved.strategy, _section(arguments, saved.strategy["name"])
+    problems = []
+    if asked["name"] != made["name"]:
+        problems.append(Problem("--strategy", f"got {asked['name']}, the edits are by {made['name']}"))
+    else:
+        wanted = json.loads(json.dumps(asdict(make_strategy(asked)[1].config)))
+        problems += [
+            Problem(f"--set {key}", f"got {wanted[key]}, the edits are made with {made[key]}")
+            for key in asked
+            if key in wanted and wanted[key] != made.get(key, wanted[key])
+        ]
+    if arguments.seed not in (None, saved.seed):
+        problems.append(Problem("--seed", f"got {arguments.seed}, the edits are made with {saved.seed}"))
+    if problems:
+        title = f"{arguments.output} holds edits; leave these out to go on with them, or choose another --output:"
+        raise ConfigError.collect(title, problems)
 
 
 def _report(editor: Any, records: Any) -> str:
@@ -129,9 +179,11 @@ def _show(output: Path) -> None:
 
 def _rollback(arguments: Any) -> None:
     from clkit.editing.journal import FINAL
+    from clkit.editing.store import held
 
-    gone = _editor(arguments, "wise").rollback(arguments.rollback)
-    (arguments.output / FINAL).unlink(missing_ok=True)  # it was another model's
+    with held(arguments.output):
+        gone = _editor(arguments).rollback(arguments.rollback)
+        (arguments.output / FINAL).unlink(missing_ok=True)  # it was another model's
     print(f"removed: {', '.join(gone.removed)}")
     if gone.relearned:
         print(f"learned again without it, in the same memory: {', '.join(gone.relearned)}")

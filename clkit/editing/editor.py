@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from clkit.editing.store import (
     Saved,
     check_base,
     fingerprint,
+    held,
     make_strategy,
     read_edits,
     state_of,
@@ -55,7 +57,7 @@ class Editor:
     """A language model and the edits on it.
 
     Made by :meth:`load`. With a directory every edit is on the disk before the next one begins: the state is written
-    whole, then a line is added to ``journal.jsonl``.
+    whole, then a line is added to ``journal.jsonl``. Only one process at a time edits in a directory.
 
     Attributes:
         model: the language model; ``model.module`` is an ordinary transformers model that answers with the edits.
@@ -78,6 +80,7 @@ class Editor:
         self.records: dict[str, EditRecord] = {}
         self.journal = Journal()
         self.directory: Path | None = None
+        self._newest: str | None = None  # the state in the directory that this one wrote or read
         self._settled = True  # whether the last batch of edits was finished
         self._plugin = plugin
         self._base = base or fingerprint(model.module)
@@ -111,11 +114,26 @@ class Editor:
         Raises:
             ConfigError, ModelError: an option is wrong, the model can't be loaded, or it is not the one of the edits.
             CheckpointError: the directory can't be read.
+            BusyError: another process is editing in ``directory``.
 
         Example:
             >>> editor = clkit.Editor.load("smollm2-135m", strategy="wise")  # doctest: +SKIP
         """
-        path, home = Path(model), Path(directory) if directory is not None else None
+        home = Path(directory) if directory is not None else None
+        with held(home) if home is not None else contextlib.nullcontext():
+            return cls._load(model, strategy, home, seed, device, options)
+
+    @classmethod
+    def _load(
+        cls,
+        model: str | Path,
+        strategy: str | Mapping[str, Any],
+        home: Path | None,
+        seed: int,
+        device: str | None,
+        options: dict[str, Any],
+    ) -> Editor:
+        path = Path(model)
         source = next((p for p in (home, path) if p is not None and (p / "edits.json").is_file()), None)
         saved = read_edits(source) if source is not None else None
         if saved is not None:
@@ -167,12 +185,20 @@ class Editor:
 
         Raises:
             RequestError: a request is malformed or conflicts with another; nothing was edited.
+            BusyError: another process is editing in the directory.
+            CheckpointError: another one has edited there since it was loaded, or it can't be written.
         """
         given = list(requests)
         records = [r for r in given if isinstance(r, EditRecord)]
         if len(records) < len(given):
             records = checked(given)  # type: ignore[arg-type]
         self._check(records, on_conflict)
+        with self._holding():
+            return self._learned(records, progress)
+
+    def _learned(
+        self, records: Sequence[EditRecord], progress: Callable[[dict[str, Any]], None] | None
+    ) -> list[dict[str, Any]]:
         made = []
         for record in records:
             if record.id in self.records:
@@ -223,16 +249,18 @@ class Editor:
 
         Raises:
             RequestError: there is no such edit or memory.
+            BusyError, CheckpointError: as for :meth:`edit`.
         """
         memories = self.memories()
         ids = [name] if name in self.records else memories.get(name, [])
         if not ids:
             known = [*self.records, *memories]
             raise RequestError(f"There is no active edit or memory '{name}'.{did_you_mean(name, known)}")
-        again = self.strategy.forget(ids, dict(self.records))
-        for i in ids:
-            del self.records[i]
-        self._record({"kind": "rollback", "ids": ids, "relearned": again})
+        with self._holding():
+            again = self.strategy.forget(ids, dict(self.records))
+            for i in ids:
+                del self.records[i]
+            self._record({"kind": "rollback", "ids": ids, "relearned": again})
         return Rollback(tuple(ids), tuple(again))
 
     def memories(self) -> dict[str, list[str]]:
@@ -268,20 +296,21 @@ class Editor:
             CheckpointError: there are edits in it already, or it can't be written.
         """
         path = Path(directory)
-        if (path / "edits.json").exists():
-            raise CheckpointError(f"{path}: holds edits already; choose another directory")
-        with disk_errors(path):
-            path.mkdir(parents=True, exist_ok=True)
-            (path / "journal.jsonl").unlink(missing_ok=True)  # of a process that was killed while it wrote here
-        states(path).save(self._state(None))
-        copy = Journal(path / "journal.jsonl")
-        for entry in self.journal.entries:
-            copy.append(entry)
-        write_head(path, self.model, self._plugin, self.seed, self._base)  # last: with it the directory counts
+        with held(path):
+            if (path / "edits.json").exists():
+                raise CheckpointError(f"{path}: holds edits already; choose another directory")
+            with disk_errors(path):
+                (path / "journal.jsonl").unlink(missing_ok=True)  # of a process that was killed while it wrote here
+            states(path).save(self._state(None))
+            copy = Journal(path / "journal.jsonl")
+            for entry in self.journal.entries:
+                copy.append(entry)
+            write_head(path, self.model, self._plugin, self.seed, self._base)  # last: with it the directory counts
         return path
 
     def _settle_in(self, directory: Path) -> None:
         self.save(directory)
+        self._newest = states(directory).newest()
         self.journal = Journal(directory / "journal.jsonl", self.journal.entries)
         self.directory = directory
 
@@ -291,7 +320,7 @@ class Editor:
         journal = Journal.open(saved.path / "journal.jsonl")
         if keep:
             journal.complete(saved.state["entry"])
-            self.directory = saved.path
+            self.directory, self._newest = saved.path, states(saved.path).newest()
         self.journal = journal if keep else Journal(None, journal.entries)
 
     def _record(self, entry: dict[str, Any]) -> dict[str, Any]:
@@ -302,7 +331,20 @@ class Editor:
 
     def _keep(self, entry: dict[str, Any] | None) -> None:
         if self.directory is not None:
-            states(self.directory).save(self._state(entry))
+            self._newest = states(self.directory).save(self._state(entry)).name
+
+    @contextlib.contextmanager
+    def _holding(self) -> Iterator[None]:
+        """Hold the directory, if there is one, and refuse one in which something else was done in the meantime."""
+        if self.directory is None:
+            yield
+            return
+        with held(self.directory):
+            if states(self.directory).newest() != self._newest:
+                raise CheckpointError(
+                    f"{self.directory}: another process has edited here since it was loaded. Load it again."
+                )
+            yield
 
     def _state(self, entry: dict[str, Any] | None) -> dict[str, Any]:
         last = entry or (self.journal.entries[-1] if self.journal.entries else None)

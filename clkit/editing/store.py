@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from torch import nn
 
 from clkit import __version__
 from clkit.checkpoint import CheckpointStore
 from clkit.config import Plugin
 from clkit.editing.strategy import EditStrategy
-from clkit.errors import CheckpointError, ConfigError, ModelError
+from clkit.errors import BusyError, CheckpointError, ConfigError, ModelError
 from clkit.files import disk_errors, write_json
 from clkit.models.causal_lm import CausalLM
 from clkit.models.loading import load_tokenizer
@@ -122,6 +124,29 @@ def write_edits(
         "# or, on a transformers model that is in memory already:\n"
         f"# from clkit.editing import attach; attach(model, {str(directory)!r})\n"
     )
+
+
+@contextlib.contextmanager
+def held(directory: Path) -> Iterator[None]:
+    """Hold a directory of edits for this process; a second one is refused. May be nested.
+
+    Raises:
+        BusyError: another process, or another thread, holds it.
+        CheckpointError: the directory can't be made or written.
+    """
+    with disk_errors(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(directory.resolve() / ".lock", is_singleton=True)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise BusyError(
+                f"{directory}: another process is editing here. Wait for it, or choose another directory."
+            ) from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def states(directory: Path) -> CheckpointStore:

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -16,8 +17,8 @@ import clkit
 from clkit.cli import main
 from clkit.editing import attach
 from clkit.editing.journal import Journal
-from clkit.editing.store import fingerprint
-from clkit.errors import CheckpointError, ConfigError, ModelError, RequestError
+from clkit.editing.store import fingerprint, held
+from clkit.errors import BusyError, CheckpointError, ConfigError, ModelError, RequestError
 
 METHOD = {
     "name": "wise",
@@ -291,6 +292,34 @@ def test_a_process_that_dies_loses_no_edit_and_applies_none_twice(load, tmp_path
     assert same(again, whole)
 
 
+def test_a_second_process_is_refused_and_edits_of_another_one_are_not_lost(load, tmp_path):
+    first = load(directory=tmp_path / "both")
+    first.edit([request(0)])
+    second = load(directory=tmp_path / "both")
+    first.edit([request(1)])
+    for late in (lambda: second.edit([request(2)]), lambda: second.rollback("e0")):
+        with pytest.raises(CheckpointError, match="another process has edited here since it was loaded"):
+            late()
+    first.rollback("e0")
+    assert list(load(directory=tmp_path / "both").records) == ["e1"]
+    numbers = [e["number"] for e in Journal.open(tmp_path / "both" / "journal.jsonl").entries]
+    assert numbers == [1, 2, 3]
+    refused = []
+
+    def other() -> None:
+        for late in (lambda: load(directory=tmp_path / "both"), lambda: first.edit([request(2)])):
+            with pytest.raises(BusyError, match="another process is editing here") as error:
+                late()
+            refused.append(error)
+
+    with held(tmp_path / "both"):
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join()
+    assert len(refused) == 2
+    first.edit([request(2)])
+
+
 # --- the command line -------------------------------------------------------------------------------------------------
 @pytest.fixture
 def command(tiny_llama, tmp_path):
@@ -379,6 +408,42 @@ def test_wrong_requests_and_missing_options_exit_2_before_the_model_is_loaded(co
     ):
         assert main(["edit", *arguments]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_edits_are_gone_on_with_as_they_were_begun(command, tmp_path, capsys):
+    assert main([*command, "--seed", "3"]) == 0
+    journal = (tmp_path / "out" / "journal.jsonl").read_bytes()
+    for changes, messages in (
+        (["--strategy", "grace", "--set", "radius=2.0"], ["--strategy: got grace, the edits are by wise"]),
+        (["--set", "steps=9", "shard_size=2"], ["--set steps: got 9, the edits are made with 8"]),
+        (["--seed", "4", "--set", "steps=9"], ["--set steps", "--seed: got 4, the edits are made with 3"]),
+    ):
+        capsys.readouterr()
+        assert main([*command[: command.index("--set")], *changes]) == 2
+        text = capsys.readouterr().err
+        assert all(m in text for m in messages) and "choose another --output" in text
+        assert "shard_size" not in text, "an option that is as it was is no problem"
+    for option in ("nowhere", "radius=x"):
+        fresh = [o.replace(str(tmp_path / "out"), str(tmp_path / "fresh")) for o in command[: command.index("--set")]]
+        assert main([*fresh, "--strategy", "grace", "--set", option]) == 2
+        assert not (tmp_path / "fresh").exists(), "a wrong option is found before anything is written"
+    assert (tmp_path / "out" / "journal.jsonl").read_bytes() == journal
+    assert main([*command[: command.index("--set")], "--quiet"]) == 0
+
+
+@pytest.mark.kill
+def test_two_commands_at_once_lose_no_edit(command, tmp_path):
+    slow = [o.replace("steps=8", "steps=100") for o in command] + ["stop_loss=0.0"]
+    started = [
+        subprocess.Popen([sys.executable, "-m", "clkit.cli", *slow], stderr=subprocess.PIPE, text=True, env=os.environ)
+        for _ in range(2)
+    ]
+    errors = [process.communicate(timeout=400)[1] for process in started]
+    codes = [process.returncode for process in started]
+    refused = ["another process is editing here" in e for e in errors]
+    assert 0 in codes, "the second is refused, or comes when all is done"
+    assert all(code == 0 or busy for code, busy in zip(codes, refused, strict=True))
+    assert [e["id"] for e in Journal.open(tmp_path / "out" / "journal.jsonl").entries] == ["e0", "e1", "e2"]
 
 
 @pytest.mark.kill
