@@ -79,6 +79,24 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
             temporary.unlink(missing_ok=True)
 
 
+def append_line(path: Path, line: str) -> None:
+    """Add a line to a file; it is on the disk before this returns.
+
+    Raises:
+        CheckpointError: it can't be written; the file is as it was.
+    """
+    with disk_errors(path), path.open("ab", buffering=0) as file:
+        before = file.seek(0, os.SEEK_END)
+        try:
+            left = memoryview(line.encode() + b"\n")
+            while left:
+                left = left[file.write(left) :]
+            os.fsync(file.fileno())
+        except OSError:
+            file.truncate(before)
+            raise
+
+
 def replace_directory(directory: Path, write: Callable[[Path], str]) -> str:
     """Make or replace a directory, whole or not at all; returns the text that ``write`` gives, with its final path."""
     temporary = directory.with_name(f".tmp-{directory.name}")

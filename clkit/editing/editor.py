@@ -81,6 +81,7 @@ class Editor:
         self.journal = Journal()
         self.directory: Path | None = None
         self._newest: str | None = None  # the state in the directory that this one wrote or read
+        self._owed: dict[str, Any] | None = None  # a journal entry that could not be written yet (a full disk)
         self._settled = True  # whether the last batch of edits was finished
         self._plugin = plugin
         self._base = base or fingerprint(model.module)
@@ -324,9 +325,14 @@ class Editor:
         self.journal = journal if keep else Journal(None, journal.entries)
 
     def _record(self, entry: dict[str, Any]) -> dict[str, Any]:
-        entry = {"number": len(self.journal.entries) + 1, "time": round(time.time(), 3), **entry}
+        self._owed = {"number": len(self.journal.entries) + 1, "time": round(time.time(), 3), **entry}
+        return self._written(self._owed)
+
+    def _written(self, entry: dict[str, Any]) -> dict[str, Any]:
+        """Put what was done on the disk, state first; what can't be written is owed before all else."""
         self._keep(entry)
         self.journal.append(entry)
+        self._owed = None
         return entry
 
     def _keep(self, entry: dict[str, Any] | None) -> None:
@@ -344,6 +350,8 @@ class Editor:
                 raise CheckpointError(
                     f"{self.directory}: another process has edited here since it was loaded. Load it again."
                 )
+            if self._owed is not None:
+                self._written(self._owed)
             yield
 
     def _state(self, entry: dict[str, Any] | None) -> dict[str, Any]:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from clkit.errors import CheckpointError
-from clkit.files import disk_errors
+from clkit.files import append_line, disk_errors
 
 # What is asked of an edit, and the aspect that its score stands for.
 QUERIES = {"prompt": "reliability", "rephrase": "generalisation", "locality": "locality"}
@@ -54,14 +53,10 @@ class Journal:
         """Write one entry and wait until it is on the disk.
 
         Raises:
-            CheckpointError: it can't be written.
+            CheckpointError: it can't be written; the journal is as it was.
         """
         if self.path is not None:
-            line = json.dumps(entry, ensure_ascii=False, allow_nan=False) + "\n"
-            with disk_errors(self.path), self.path.open("a", encoding="utf-8") as file:
-                file.write(line)
-                file.flush()
-                os.fsync(file.fileno())
+            append_line(self.path, json.dumps(entry, ensure_ascii=False, allow_nan=False))
         self.entries.append(entry)
 
     def complete(self, entry: dict[str, Any] | None) -> None:

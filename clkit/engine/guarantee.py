@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from clkit.engine.accounting import Noisy, epsilon_of, group_epsilon_of, naive_group
 from clkit.engine.poisson import UnitName, units_of
 from clkit.errors import CheckpointError
-from clkit.files import disk_errors
+from clkit.files import append_line, disk_errors
 
 if TYPE_CHECKING:
     from clkit.strategy import Strategy
@@ -102,10 +101,7 @@ class Spent:
     def step(self, noise_multiplier: float, rate: float) -> None:
         """A step is about to draw its noise."""
         if self._file is not None:
-            with disk_errors(self._file), self._file.open("a", encoding="utf-8") as file:
-                file.write(f"{noise_multiplier!r} {rate!r}\n")
-                file.flush()
-                os.fsync(file.fileno())
+            append_line(self._file, f"{noise_multiplier!r} {rate!r}")
         self._counts[noise_multiplier, rate] += 1
 
     @property

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -290,6 +292,56 @@ def test_a_process_that_dies_loses_no_edit_and_applies_none_twice(load, tmp_path
     again.edit([request(i) for i in range(3)])
     assert [e["id"] for e in Journal.open(tmp_path / "cut" / "journal.jsonl").entries] == ["e0", "e1", "e2"]
     assert same(again, whole)
+
+
+@pytest.fixture
+def short(monkeypatch):
+    """Files may not grow beyond a number of bytes, as on a full disk."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    @contextlib.contextmanager
+    def within(size):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    return within
+
+
+def test_a_line_is_written_whole_or_not_at_all(tmp_path, short):
+    journal = Journal(tmp_path / "j.jsonl")
+    journal.append({"number": 1})
+    before = journal.path.read_bytes()
+    with short(len(before) + 5), pytest.raises(CheckpointError, match="can't write"):
+        journal.append({"number": 2})
+    assert journal.path.read_bytes() == before and journal.entries == [{"number": 1}]
+    journal.append({"number": 2})
+    assert Journal.open(tmp_path / "j.jsonl").entries == [{"number": 1}, {"number": 2}]
+
+
+@pytest.mark.parametrize("what", ["state", "journal"])
+def test_what_a_full_disk_kept_from_being_written_is_written_when_there_is_room(
+    load, tmp_path, short, monkeypatch, what
+):
+    editor = load(directory=tmp_path / "full")
+    editor.edit([request(0)])
+    journal = tmp_path / "full" / "journal.jsonl"
+
+    def full(path, line):
+        raise CheckpointError(f"{path}: can't write")
+
+    with monkeypatch.context() as patch, short(2000) if what == "state" else contextlib.nullcontext():
+        if what == "journal":
+            patch.setattr("clkit.editing.journal.append_line", full)
+        with pytest.raises(CheckpointError, match="can't write"):
+            editor.edit([request(1)])
+    assert len(Journal.open(journal).entries) == 1
+    assert [e["id"] for e in editor.edit([request(1), request(2)])] == ["e2"], "e1 is in the model already"
+    assert [e["id"] for e in Journal.open(journal).entries] == ["e0", "e1", "e2"]
+    again = load(directory=tmp_path / "full")
+    assert list(again.records) == ["e0", "e1", "e2"] and same(again, editor)
 
 
 def test_a_second_process_is_refused_and_edits_of_another_one_are_not_lost(load, tmp_path):
