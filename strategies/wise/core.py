@@ -337,9 +337,12 @@ class Wise:
 
         Returns:
             The ids of the edits that were learned again.
+
+        Raises:
+            NumericalError: one of them can't be; nothing has changed.
         """
         gone, again = set(ids), []
-        memories = self.layer.all()
+        memories, live = self.layer.all(), self.live
         for place, memory in enumerate(memories):
             if not gone & set(memory.edits):
                 continue
@@ -347,7 +350,7 @@ class Wise:
             renewed = [self._relearn(shard, part, records, gone, memory is self.live) for shard, part in rest]
             whole = renewed[0] if len(renewed) == 1 else self._merged(renewed, [1 / len(renewed)] * len(renewed))
             if memory is self.live:
-                self.live = whole
+                live = whole
             memories[place] = whole
             again += whole.edits
         for i in gone:
@@ -356,8 +359,7 @@ class Wise:
             self.targets.pop(i, None)
             self._said.pop(i, None)
             self.gate.prints.pop(i, None)
-        if self.live is not None and not self.live.edits:
-            self.live = None
+        self.live = live if live is not None and live.edits else None
         self.layer.put([m for m in memories if m.edits])
         self.calibrate()
         if self.gate.limit:

@@ -255,6 +255,27 @@ def test_forgetting_in_a_merged_memory_merges_it_again():
     assert memory.parts == [(0, ["e0"]), (1, ["e2", "e3"])]
 
 
+def test_a_forgetting_that_fails_changes_nothing(monkeypatch):
+    wise, whole = edited(3), edited(3)
+    learn, calls = wise._learn, []
+
+    def fails(*args):
+        calls.append(args)
+        if len(calls) == 3:  # e3, then e1 again, then e3 again
+            raise NumericalError("the loss is nan")
+        return learn(*args)
+
+    monkeypatch.setattr(wise, "_learn", fails)
+    wise.learn(record(3))  # shards of e0, e1 and of e2, e3
+    with pytest.raises(NumericalError):
+        wise.forget(["e0", "e2"], {f"e{i}": record(i) for i in range(4)})
+    monkeypatch.undo()
+    whole.learn(record(3))
+    assert [m.edits for m in wise.layer.all()] == [m.edits for m in whole.layer.all()]
+    assert all(torch.equal(logits(wise.model, p), logits(whole.model, p)) for p in PROMPTS)
+    assert wise.forget(["e0", "e2"], {f"e{i}": record(i) for i in range(4)}) == ["e1", "e3"]
+
+
 # --- state ------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("count", [0, 1, 3, 5])
 def test_a_saved_state_serves_the_same_and_goes_on_the_same(count):
