@@ -5,13 +5,15 @@ from __future__ import annotations
 import contextlib
 import inspect
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from clkit.errors import CapabilityError
 
 # What transformers calls the key-value cache: 5.23 renamed it.
 CACHES = ("cache", "past_key_values")
@@ -38,6 +40,32 @@ def marked_prompt() -> Tensor | None:
     return _PROMPT.get()
 
 
+class Sums(NamedTuple):
+    """What a layer read of the tokens in a cache.
+
+    Attributes:
+        total: (B, d) float32, over the tokens that are not padding.
+        tokens: (B, 1) how many these are.
+        seen: how many positions there are, padding too.
+    """
+
+    total: Tensor
+    tokens: Tensor
+    seen: int
+
+
+class Kept(NamedTuple):
+    """What a cache carries of the sequences in it.
+
+    Attributes:
+        choice: what was decided for each; None = not yet.
+        sums: see :meth:`PromptRouter.carry`; None = nothing was counted.
+    """
+
+    choice: list[Any] | None = None
+    sums: Sums | None = None
+
+
 @dataclass
 class Pass:
     """One forward pass of the decoder.
@@ -47,27 +75,39 @@ class Pass:
         mask: its attention mask, as given.
         cache: the key-value cache that it continues.
         past: how many tokens are in that cache.
+        kept: what that cache carries.
+        input: how many tokens the input of ``generate`` has, those in the cache included; None = not in ``generate``.
+        packed: it holds several sequences in one row.
     """
 
     choice: list[Any] | None = None
     mask: Any = None
     cache: Any = None
     past: int = 0
+    kept: Kept = field(default_factory=Kept)
+    input: int | None = None
+    packed: bool = False
+
+    def incomplete(self, length: int) -> bool:
+        """Whether a pass of ``length`` tokens ends before the prompt does: ``generate`` computes it in pieces."""
+        return self.input is not None and self.past + length < self.input
 
 
 @dataclass
 class _Generation:
-    """One call of ``generate``."""
+    """One call of ``generate``; ``input``: how many tokens it was given, those in a cache included."""
 
+    input: int | None
     choice: list[Any] | None = None
 
 
 class PromptRouter:
     """Keeps what is decided on a sequence's prompt for the whole sequence; the base of methods that route.
 
-    What the prompt is: the tokens marked by :func:`marking_prompt`; else within ``generate`` its input; else all tokens
-    of the first forward pass of a sequence, as its attention mask shows them. A pass that continues a key-value cache,
-    or comes later in the same call of ``generate``, keeps the decision.
+    What the prompt is: the tokens marked by :func:`marking_prompt`; else within ``generate`` its whole input, what is
+    in a cache that it was given included; else all tokens of the first forward pass of a sequence, as its attention
+    mask shows them. A pass by hand that continues a key-value cache, or one that comes later in the same call of
+    ``generate``, keeps the decision.
 
     Attributes:
         off: True while nothing is routed.
@@ -121,11 +161,21 @@ class PromptRouter:
 
         Args:
             x: (B, T, ...), what a layer reads.
-            decide: gives one choice per sequence from the mask of :meth:`prompt_mask`; called where nothing was decided
-                yet.
+            decide: gives one choice per sequence, -1 = none, from the mask of :meth:`prompt_mask`; called where nothing
+                was decided yet and the prompt ends in this pass.
+
+        Raises:
+            CapabilityError: the pass holds several sequences in one row.
         """
         call = self.current()
+        if call.packed:
+            raise CapabilityError(
+                "This pass holds several sequences in one row (packing, continuous batching), and an edited model "
+                "answers row by row. Use generate, or one sequence per row."
+            )
         if call.choice is None or len(call.choice) != len(x):
+            if call.incomplete(x.shape[1]):
+                return [(-1, x.shape[1])] * len(x)
             mask = self.prompt_mask(call, x)
             ends = last_token(mask, x.shape[1], len(x)) + call.past
             call.choice = list(zip(decide(mask), ends.tolist(), strict=True))
@@ -133,20 +183,57 @@ class PromptRouter:
 
     def prompt_mask(self, call: Pass, x: Tensor) -> Tensor | None:
         """(B, T) bool, the tokens of ``x`` (B, T, ...) that belong to the prompt; None = all of them."""
-        marked, mask = marked_prompt(), call.mask
+        marked, length = marked_prompt(), x.shape[1]
         if marked is not None and marked.shape == x.shape[:2]:
             return marked.to(x.device)
-        if not isinstance(mask, Tensor):
+        visible = _visible(call, length)
+        if call.input is None or call.past + length <= call.input:
+            return visible
+        own = torch.arange(call.past, call.past + length, device=x.device) < call.input  # without a guessed answer
+        return own.expand(len(x), -1) if visible is None else visible & own
+
+    # --- what is in a cache -----------------------------------------------------------------------------------------
+    def mean(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """(B, d) float32, the mean of ``x`` (B, T, d) over the prompt's tokens, also those in the cache.
+
+        Of a cache that was begun without :meth:`carry`, or cut since, the tokens in it don't count.
+
+        Args:
+            x: what a layer reads.
+            mask: of :meth:`prompt_mask`.
+        """
+        before = self._before_this(x)
+        if before is None:
+            return mean_over(x, mask)
+        total, tokens = _summed(x, mask)
+        mean: Tensor = (before.total + total) / (before.tokens + tokens).clamp(min=1.0)
+        return mean
+
+    def carry(self, x: Tensor) -> None:
+        """Count this pass's tokens, so that :meth:`mean` knows them where a later prompt continues the cache."""
+        call = self.current()
+        before = self._before_this(x)
+        if call.past and before is None:
+            call.kept = call.kept._replace(sums=None)
+            return
+        total, tokens = _summed(x.detach(), _visible(call, x.shape[1]))
+        if before is not None:
+            total, tokens = before.total + total, before.tokens + tokens
+        call.kept = call.kept._replace(sums=Sums(total, tokens, call.past + x.shape[1]))
+
+    def _before_this(self, x: Tensor) -> Sums | None:
+        """The sums over the tokens in the cache, a row for each of ``x``; None: there are none, or they are unknown."""
+        call = self.current()
+        sums = call.kept.sums
+        if not call.past or sums is None or sums.seen != call.past or len(x) % len(sums.total):
             return None
-        if mask.dim() == 4:  # additive or bool; what the last token sees
-            row = mask[:, 0, -1, -x.shape[1] :]
-            return row if row.dtype == torch.bool else row >= 0
-        return mask[:, -x.shape[1] :].bool()
+        times = len(x) // len(sums.total)  # a cache of one prompt for several beams
+        return Sums(sums.total.repeat_interleave(times, 0), sums.tokens.repeat_interleave(times, 0), sums.seen)
 
     def _generating(self, plain: Any) -> Any:
         def generate(*args: Any, **kwargs: Any) -> Any:
             outer = getattr(self._local, "generation", None)
-            self._local.generation = _Generation()
+            self._local.generation = _Generation(_given(args, kwargs))
             try:
                 return plain(*args, **kwargs)
             finally:
@@ -161,19 +248,19 @@ class PromptRouter:
         given |= given.pop("kwargs", {})
         cache = next((given[name] for name in CACHES if given.get(name) is not None), None)
         length = cache.get_seq_length() if cache is not None and hasattr(cache, "get_seq_length") else 0
-        generation = getattr(self._local, "generation", None)
-        kept = None
-        if generation is not None and generation.choice is not None:
-            kept = generation.choice
-        elif int(length) > 0:
-            kept = getattr(cache, self._kept, None)
-        self._local.call = Pass(kept, given.get("attention_mask"), cache, int(length))
+        past = int(length)
+        kept = getattr(cache, self._kept, Kept()) if past else Kept()
+        generation: _Generation | None = getattr(self._local, "generation", None)
+        choice = kept.choice if generation is None else generation.choice  # each call of it is a prompt of its own
+        known = None if generation is None or generation.choice is not None else generation.input
+        packed = given.get("cu_seq_lens_q") is not None
+        self._local.call = Pass(choice, given.get("attention_mask"), cache, past, kept, known, packed)
 
     def _after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if self.off:
             return
         call, self._local.call = getattr(self._local, "call", None), None
-        if call is None or call.choice is None:
+        if call is None or (call.choice is None and call.kept.sums is None):
             return
         generation = getattr(self._local, "generation", None)
         if generation is not None:
@@ -181,7 +268,36 @@ class PromptRouter:
         made = cache_of(output)[1] if isinstance(output, dict) else None
         for cache in (call.cache, made):
             if hasattr(cache, "get_seq_length"):
-                setattr(cache, self._kept, call.choice)
+                setattr(cache, self._kept, Kept(call.choice, call.kept.sums))
+
+
+def _given(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int | None:
+    """How many tokens a call of ``generate`` is given, those in a cache included; None = it starts from nothing."""
+    names = ("inputs", "input_ids", "inputs_embeds", "attention_mask")  # the mask also where only new tokens are given
+    found = [*args[:1], *(kwargs.get(name) for name in names)]
+    return max((t.shape[1] for t in found if isinstance(t, Tensor) and t.dim() > 1), default=None)
+
+
+def _visible(call: Pass, length: int) -> Tensor | None:
+    """(B, T) bool, which of the ``length`` tokens of a pass are no padding; None = all."""
+    mask = call.mask
+    if isinstance(mask, Mapping):  # one per kind of layer
+        mask = mask.get("full_attention", next(iter(mask.values()), None))
+    if not isinstance(mask, Tensor):
+        return None
+    row = mask[:, 0, -1] if mask.dim() == 4 else mask  # of a square one: what the last token sees
+    end = call.past + length
+    row = row[:, call.past : end] if row.shape[1] >= end else row[:, -length:]  # a static cache's is longer
+    return row.bool() if mask.dim() != 4 or row.dtype == torch.bool else row >= 0
+
+
+def _summed(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(B, d) sum and (B, 1) number of the tokens of ``x`` (B, T, d) that ``mask`` marks; float32."""
+    values = x.float()
+    if mask is None:
+        return values.sum(dim=1), values.new_full((len(x), 1), x.shape[1])
+    weights = mask.to(values)[..., None]
+    return (values * weights).sum(dim=1), weights.sum(dim=1)
 
 
 def cache_of(output: dict[str, Any]) -> tuple[str, Any]:

@@ -133,6 +133,11 @@ class InContext(LayerEdits):
                 "mask of another shape (a static cache?)."
             )
         if call.choice is None or len(call.choice) != len(ids):
+            if any(row.tokens for row in call.kept.choice or []):
+                raise CapabilityError(
+                    "Strategy 'in_context' put a statement into this cache, of which generate knows nothing; give "
+                    "generate the whole conversation without a cache."
+                )
             call.choice = self._insertions(ids, call)
         if not any(row.tokens for row in call.choice):
             return self._plain(*args, **kwargs)
@@ -150,8 +155,11 @@ class InContext(LayerEdits):
 
     @torch.no_grad()
     def _insertions(self, ids: Tensor, call: Pass) -> list[Insertion]:
-        """What is told before each sequence, decided on its prompt; a cache that was begun without it stays without."""
-        if call.past:
+        """What is told before each sequence, decided on its prompt; a cache that was begun without it stays without.
+
+        So nothing is told where ``generate`` computes its input in pieces, or continues a cache of its beginning.
+        """
+        if call.past or call.incomplete(ids.shape[1]):
             return [_NOTHING] * len(ids)
         prompt = self.router.prompt_mask(call, ids)
         prompt = torch.ones_like(ids) if prompt is None else prompt.long()

@@ -24,9 +24,12 @@ _HIGHEST = 0.8
 _MEAN_SIZE = (2 / torch.pi) ** 0.5
 
 
-def readings_of(x: Tensor, mask: Tensor | None) -> Tensor:
-    """(B, 2, in) float32 of ``x`` (B, T, in): at the last token that ``mask`` marks, and the mean over all of those."""
-    return torch.stack([at_last_token(x, mask)[:, 0].float(), mean_over(x, mask)], dim=1)
+def readings_of(x: Tensor, mask: Tensor | None, mean: Tensor | None = None) -> Tensor:
+    """(B, 2, in) float32 of ``x`` (B, T, in): at the last token that ``mask`` marks, and the mean over all of those.
+
+    ``mean``: that of a longer prompt, whose first tokens are in a cache.
+    """
+    return torch.stack([at_last_token(x, mask)[:, 0].float(), mean_over(x, mask) if mean is None else mean], dim=1)
 
 
 class Likeness:

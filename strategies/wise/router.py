@@ -134,7 +134,7 @@ class Router(PromptRouter):
             limits = [-math.inf if self.always else m.threshold * self.slack for m in memories]
             alike, fit, rank = None, scores, scores
             if self.gate is not None:
-                alike = rank = self.gate(readings_of(x, mask), [m.edits for m in memories])
+                alike = rank = self.gate(readings_of(x, mask, self.mean(x, mask)), [m.edits for m in memories])
                 fit = scores.where(alike >= self.gate.limit, -math.inf)
             chosen = choose(fit, limits, rank)
             names = [m.name for m in memories]
@@ -151,6 +151,8 @@ class Router(PromptRouter):
             return chosen
 
         decided = self.decided(x, decide)
+        if self.gate is not None:
+            self.carry(x)
         forced = None if self._forced is None else self._index(self._forced[0], memories)
         return [Answer(k if forced is None else forced, start if self.answer_only else 0) for k, start in decided]
 

@@ -8,7 +8,7 @@ from wise_models import logits, record, tiny
 
 from clkit.evaluation.base import evaluation_mode
 from clkit.models.encoded_text import EncodedText
-from clkit.models.routing import marking_prompt
+from clkit.models.routing import CACHES, marking_prompt
 from clkit.strategies.grace.codebook import LEAST_RADIUS, Codebook, admit, distances, unit
 from clkit.strategies.grace.strategy import Grace, GraceConfig
 from clkit.tasks.base import TextRecord
@@ -119,6 +119,20 @@ def test_generation_with_and_without_a_cache_and_teacher_forcing_agree():
     # An end token is never written here (min_new_tokens), so compare where it is not the most likely one.
     for ours, theirs in zip(written[0, start:].tolist(), forced[0, start - 1 : -1].tolist(), strict=True):
         assert ours == theirs or theirs == model.form.eos
+
+
+def test_a_prompt_in_pieces_or_with_its_beginning_in_a_cache_is_answered_as_a_whole():
+    strategy = grace("e0", "e1", steps=40)
+    model, lm = strategy.model, strategy.model.module
+    ids = torch.tensor([model.tokenizer("Town of 0? ").input_ids])
+    settings = {"max_new_tokens": 6, "do_sample": False, "min_new_tokens": 6, "attention_mask": torch.ones_like(ids)}
+    written = lm.generate(input_ids=ids, **settings)
+    assert not torch.equal(written, tiny().module.generate(input_ids=ids, **settings))
+    assert torch.equal(lm.generate(input_ids=ids, prefill_chunk_size=4, **settings), written)
+    with torch.no_grad():
+        prefix = lm(input_ids=ids[:, :4], use_cache=True)
+    name = next(n for n in CACHES if n in prefix)
+    assert torch.equal(lm.generate(input_ids=ids, **settings, **{name: prefix[name]}), written)
 
 
 def test_a_batch_is_answered_row_by_row():

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
+from transformers import DynamicCache
 from wise_models import logits, record, tiny
 
 from clkit.editing.prefix import position_ids
 from clkit.errors import CapabilityError
 from clkit.evaluation.packing import rowwise_logliks, why_not_packed
+from clkit.models.routing import CACHES
 from clkit.strategies.in_context.strategy import InContext, InContextConfig
 from clkit.strategies.in_context.widening import Insertion, Widening
 
@@ -67,6 +71,19 @@ def test_what_it_writes_is_the_same_with_a_cache_without_and_in_a_batch(told):
     second = plain.generate(input_ids=other, attention_mask=other_mask, **settings)
     assert torch.equal(out[:1, ids.shape[1] :], wanted)
     assert torch.equal(out[1:, ids.shape[1] :], second[:, other.shape[1] :])
+
+
+def test_a_cache_that_was_begun_without_a_statement_stays_without_and_one_with_it_ends_there(told):
+    settings = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+    ids, mask = encode(told.model, ["Town of 0? "])
+    wanted = tiny().module.generate(input_ids=ids, attention_mask=mask, **settings)
+    out = told.model.module.generate(input_ids=ids, attention_mask=mask, prefill_chunk_size=4, **settings)
+    assert torch.equal(out, wanted), "nothing can be told before the prompt is known"
+    name = next(n for n in CACHES if n in inspect.signature(type(told.model.module).forward).parameters)
+    cache = DynamicCache(config=told.model.module.config)
+    out = told.model.module.generate(input_ids=ids, attention_mask=mask, **settings, **{name: cache})
+    with pytest.raises(CapabilityError, match="the whole conversation without a cache"):
+        told.model.module.generate(input_ids=out, attention_mask=torch.ones_like(out), **settings, **{name: cache})
 
 
 def test_a_padded_row_is_told_after_its_padding(told):
