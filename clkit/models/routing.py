@@ -35,6 +35,12 @@ def marking_prompt(mask: Tensor) -> Iterator[None]:
         _PROMPT.reset(token)
 
 
+def uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The same function, for which a compiled model leaves its graph: what is decided depends on what is read."""
+    made: Callable[..., Any] = torch.compiler.disable(function)  # type: ignore[no-untyped-call]
+    return made
+
+
 def marked_prompt() -> Tensor | None:
     """The mask of the innermost :func:`marking_prompt`, or None."""
     return _PROMPT.get()
@@ -122,8 +128,8 @@ class PromptRouter:
     def install(self, lm: Any, decoder: nn.Module) -> None:
         """Watch the model's forward passes and its ``generate``."""
         self._signature = inspect.signature(type(decoder).forward)
-        before = decoder.register_forward_pre_hook(self._before, with_kwargs=True)
-        after = decoder.register_forward_hook(self._after, with_kwargs=True, always_call=True)
+        before = decoder.register_forward_pre_hook(uncompiled(self._before), with_kwargs=True)
+        after = decoder.register_forward_hook(uncompiled(self._after), with_kwargs=True, always_call=True)
         self._undo = [before.remove, after.remove]
         if callable(getattr(lm, "generate", None)):
             own, plain = lm.__dict__.get("generate"), lm.generate

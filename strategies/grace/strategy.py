@@ -16,7 +16,7 @@ from clkit.editing.layer_edits import LayerEdits, LearnedEditConfig
 from clkit.editing.losses import target_loss
 from clkit.editing.strategy import EditOutcome, Explanation
 from clkit.models.causal_lm import CausalLM
-from clkit.models.routing import PromptRouter, at_last_token
+from clkit.models.routing import PromptRouter, at_last_token, uncompiled
 from clkit.modes import evaluating
 from clkit.strategies.grace.codebook import Codebook, Entry, admit, unit
 from clkit.tasks.base import EditRecord
@@ -49,7 +49,7 @@ class Grace(LayerEdits):
         self._gaps: Tensor | None = None  # (B, N) of the newest pass in which something was decided
         self.router = PromptRouter()
         self.router.install(self.location.lm, self.location.decoder)
-        self._hook = self.location.projection.register_forward_hook(self._replace)
+        self._hook = self.location.projection.register_forward_hook(uncompiled(self._replace))
 
     def detach(self) -> None:
         """Take everything off; the model is what it was, bit for bit."""

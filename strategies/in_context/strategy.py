@@ -18,7 +18,7 @@ from clkit.editing.strategy import EditOutcome, Explanation
 from clkit.errors import CapabilityError
 from clkit.evaluation.packing import reads_rows
 from clkit.models.causal_lm import CausalLM
-from clkit.models.routing import Pass, PromptRouter, at_last_token
+from clkit.models.routing import Pass, PromptRouter, at_last_token, uncompiled
 from clkit.strategies.in_context.widening import Insertion, Widening
 from clkit.tasks.base import EditRecord
 
@@ -51,7 +51,7 @@ class InContext(LayerEdits):
         self.router.install(self.location.lm, decoder)
         self._own, self._plain = decoder.__dict__.get("forward"), decoder.forward
         self._signature = inspect.signature(type(decoder).forward)
-        decoder.forward = self._forward
+        decoder.forward = uncompiled(self._forward)
         reads_rows(self.location.lm)
 
     def detach(self) -> None:

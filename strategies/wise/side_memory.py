@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clkit.models.location import Location
+from clkit.models.routing import uncompiled
 from clkit.strategies.wise.delta import SparseDelta
 from clkit.strategies.wise.router import Router
 
@@ -82,7 +83,7 @@ class SideLayer:
         self.router = router
         self.memories = nn.ModuleList()
         location.projection.add_module("side_memories", self.memories)
-        self._hook = location.projection.register_forward_hook(self._add)
+        self._hook = location.projection.register_forward_hook(uncompiled(self._add))
         router.install(location.lm, location.decoder)
 
     def remove(self) -> None:

@@ -65,6 +65,22 @@ def test_it_saves_loads_goes_on_and_takes_back(name, tiny_llama, tmp_path):
 
 
 @pytest.mark.parametrize("name", METHODS)
+def test_a_compiled_model_answers_with_the_edits(name, tiny_llama):
+    editor = clkit.Editor.load(tiny_llama, section(name), device="cpu", prompt="plain")
+    plain = answers(editor)
+    editor.edit(requests(0, 1, 2))
+    edited, model = answers(editor), editor.model.module
+    assert not same(edited, plain)
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend="eager")  # the graph is made, and run as it is
+    for prompt, expected in zip(PROMPTS, edited, strict=True):
+        ids = torch.tensor([editor.model.tokenizer(prompt).input_ids])
+        with torch.inference_mode():
+            torch.testing.assert_close(compiled(ids).logits, expected, rtol=0, atol=1e-5)
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("name", METHODS)
 def test_what_is_asked_about_is_not_kept(name, tiny_llama):
     editor = clkit.Editor.load(tiny_llama, section(name), device="cpu", prompt="plain")
     editor.edit(requests(0, 1))
