@@ -27,6 +27,7 @@ from clkit.resolve import validate
 from clkit.tasks.base import EditRecord
 
 _FORMAT = 1
+_EDITS = "_clkit_edits"  # on a model that carries edits: where they came from
 _CHUNK = 1 << 22  # values that are rounded and hashed at once
 
 
@@ -204,15 +205,30 @@ def attach(model: nn.Module, directory: str | Path, *, check: bool = True) -> Ed
 
     Raises:
         CheckpointError: the directory can't be read.
-        ModelError: the model has other base weights.
+        ModelError: the model has other base weights, or carries edits already.
     """
     saved = read_edits(directory)
+    unwrapped: Any = getattr(model, "get_base_model", None)  # peft's
+    base = model if unwrapped is None else unwrapped()
+    if _EDITS in base.__dict__:
+        raise ModelError(
+            f"This model carries the edits of {base.__dict__[_EDITS]} already, and edits on top of edits are "
+            "neither's. Call detach() of what attach returned, or load the model anew."
+        )
     if check:
         check_base(model, saved)
     tokenizer = load_tokenizer(saved.path, str(saved.path))
     options = {k: saved.model[k] for k in ("prompt", "max_length")}
     strategy, _ = make_strategy(saved.strategy)
     strategy.attach(CausalLM(saved.model["name"], model, tokenizer, **options), saved.seed)
+    take_off = strategy.detach
+
+    def detach() -> None:
+        take_off()
+        base.__dict__.pop(_EDITS, None)
+
+    strategy.detach = detach  # type: ignore[method-assign]
+    base.__dict__[_EDITS] = str(saved.path)
     strategy.load_memory_state(saved.state["memory"])
     return strategy
 

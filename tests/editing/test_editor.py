@@ -226,6 +226,8 @@ def test_attach_puts_the_edits_on_a_model_in_memory_and_takes_them_off(edited, t
     tokenizer = edited.model.tokenizer
     plain = [logits(base, tokenizer, p) for p in PROMPTS]
     strategy = attach(base, tmp_path / "saved")
+    with pytest.raises(ModelError, match="carries the edits of .*saved already"):
+        attach(base, tmp_path / "saved")  # would add every change twice
     for prompt in PROMPTS:
         assert torch.equal(logits(base, tokenizer, prompt), logits(edited.model.module, tokenizer, prompt))
     write = pipeline("text-generation", model=base, tokenizer=tokenizer, device="cpu")
@@ -235,6 +237,8 @@ def test_attach_puts_the_edits_on_a_model_in_memory_and_takes_them_off(edited, t
     assert all(torch.equal(logits(base, tokenizer, p), b) for p, b in zip(PROMPTS, plain, strict=True))
     wrapped = get_peft_model(base, LoraConfig(r=2, target_modules=["down_proj"])).eval()
     attach(wrapped, tmp_path / "saved")
+    with pytest.raises(ModelError, match="carries the edits"):
+        attach(wrapped, tmp_path / "saved")
     for prompt in PROMPTS:
         torch.testing.assert_close(
             logits(wrapped, tokenizer, prompt), logits(edited.model.module, tokenizer, prompt), rtol=0, atol=1e-5
