@@ -31,6 +31,7 @@ class SideMemory(nn.Module):
         self.parts = [(shard, list(ids)) for shard, ids in parts]
         self.threshold = threshold
         self.register_buffer("matrix", matrix)
+        self._packed: tuple[Tensor, tuple[str, int], dict[str, Any]] | None = None  # the delta of to_state, and of what
 
     @property
     def name(self) -> str:
@@ -55,9 +56,11 @@ class SideMemory(nn.Module):
         return self
 
     def to_state(self, storage: str) -> dict[str, Any]:
-        """JSON and the sparse delta, its values as ``storage``."""
-        delta = SparseDelta.from_dense(self.matrix)
-        return {"parts": self.parts, "threshold": self.threshold, "delta": delta.state_dict(storage)}
+        """JSON and the sparse delta, its values as ``storage``; packed anew only when the matrix is another one."""
+        key = storage, 0 if self.matrix.is_inference() else self.matrix._version
+        if self._packed is None or self._packed[0] is not self.matrix or self._packed[1] != key:
+            self._packed = self.matrix, key, SparseDelta.from_dense(self.matrix).state_dict(storage)
+        return {"parts": self.parts, "threshold": self.threshold, "delta": self._packed[2]}
 
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> SideMemory:

@@ -15,6 +15,7 @@ from clkit.editing.contexts import IRRELEVANT
 from clkit.errors import NumericalError, RequestError
 from clkit.strategies.wise.config import WISEConfig, problems, settled
 from clkit.strategies.wise.core import Wise
+from clkit.strategies.wise.delta import SparseDelta
 from clkit.strategies.wise.masks import shard_mask
 from clkit.strategies.wise.optimise import Objective, optimise
 from clkit.strategies.wise.protect import Protection
@@ -289,6 +290,24 @@ def test_a_saved_state_serves_the_same_and_goes_on_the_same(count):
             wise.learn(record(i))
     for a, b in zip(first.layer.all(), second.layer.all(), strict=True):
         assert torch.equal(a.matrix, b.matrix) and a.threshold == b.threshold and a.parts == b.parts
+
+
+def test_a_memory_is_packed_again_only_when_it_changed(monkeypatch):
+    wise, packed = edited(5, merge_every=0), []  # three shards, the last one open
+    plain = SparseDelta.from_dense
+    monkeypatch.setattr(SparseDelta, "from_dense", lambda dense: packed.append(dense) or plain(dense))
+    first = wise.state_dict()
+    assert len(packed) == 3 and len(wise.state_dict()["memories"]) == len(packed) == 3
+    packed.clear()
+    wise.live.matrix = wise.live.matrix + 1.0
+    wise.state_dict()
+    assert len(packed) == 1 and packed[0] is wise.live.matrix
+    monkeypatch.undo()
+    wise.layer.all()[0].matrix[0, 0] = 7.0  # in place
+    again = wise.state_dict()
+    for state, memory in zip(again["memories"], wise.layer.all(), strict=True):
+        assert torch.equal(SparseDelta.from_state(state["delta"]).dense(), memory.matrix)
+    assert not torch.equal(again["memories"][0]["delta"]["bits"], first["memories"][0]["delta"]["bits"])
 
 
 def test_a_closed_memory_takes_a_quarter_of_the_dense_matrix():
