@@ -18,6 +18,8 @@ from clkit.errors import CapabilityError
 # What transformers calls the key-value cache: 5.23 renamed it.
 CACHES = ("cache", "past_key_values")
 
+_PIECE = 512  # tokens that are added up at once
+
 _PROMPT: ContextVar[Tensor | None] = ContextVar("clkit_prompt_tokens", default=None)
 
 
@@ -299,11 +301,12 @@ def _visible(call: Pass, length: int) -> Tensor | None:
 
 def _summed(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """(B, d) sum and (B, 1) number of the tokens of ``x`` (B, T, d) that ``mask`` marks; float32."""
-    values = x.float()
-    if mask is None:
-        return values.sum(dim=1), values.new_full((len(x), 1), x.shape[1])
-    weights = mask.to(values)[..., None]
-    return (values * weights).sum(dim=1), weights.sum(dim=1)
+    weights = x.new_ones(x.shape[:2], dtype=torch.float32) if mask is None else mask.to(x.device, torch.float32)
+    total = x.new_zeros((x.shape[0], x.shape[2]), dtype=torch.float32)
+    for start in range(0, x.shape[1], _PIECE):  # a long prompt is not copied as a whole
+        here = slice(start, start + _PIECE)
+        total = total + (x[:, here].float() * weights[:, here, None]).sum(dim=1)
+    return total, weights.sum(dim=1, keepdim=True).expand(len(x), 1)
 
 
 def cache_of(output: dict[str, Any]) -> tuple[str, Any]:
@@ -329,6 +332,9 @@ def at_last_token(values: Tensor, mask: Tensor | None) -> Tensor:
 
 def mean_over(values: Tensor, mask: Tensor | None) -> Tensor:
     """(B, d) float32, the mean of ``values`` (B, T, d) over the tokens that ``mask`` marks; None = all."""
+    if values.shape[1] > _PIECE:
+        total, tokens = _summed(values, mask)
+        return total / tokens.clamp(min=1.0)
     values = values.float()
     if mask is None:
         return values.mean(dim=1)

@@ -8,7 +8,7 @@ from wise_models import edited, quick, record, tiny
 
 from clkit.editing import rows
 from clkit.editing.prefix import position_ids
-from clkit.models.routing import marking_prompt
+from clkit.models.routing import marking_prompt, mean_over
 from clkit.strategies.wise import core
 from clkit.strategies.wise.core import Wise
 from clkit.strategies.wise.likeness import Gate, Likeness, readings_of
@@ -54,6 +54,16 @@ def test_what_is_read_is_the_last_token_and_the_mean_of_the_prompt():
     torch.testing.assert_close(found[0], torch.stack([x[0, 2], x[0, :3].mean(dim=0)]))
     torch.testing.assert_close(found[1], torch.stack([x[1, 4], x[1, 1:].mean(dim=0)]))
     assert torch.equal(readings_of(x, None)[0], torch.stack([x[0, 4], x[0].mean(dim=0)]))
+
+
+def test_the_mean_of_a_long_prompt_is_that_of_its_tokens():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 1300, 8, generator=generator)
+    mask = torch.rand(2, 1300, generator=generator) > 0.3
+    for marked in (mask, None, mask[:1]):
+        wide = torch.ones(2, 1300) if marked is None else marked.expand(2, -1).float()
+        expected = (x.double() * wide[..., None]).sum(1) / wide.sum(1, keepdim=True)
+        torch.testing.assert_close(mean_over(x, marked).double(), expected, rtol=0, atol=1e-6)
 
 
 def test_prints_do_not_depend_on_the_machine():
