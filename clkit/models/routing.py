@@ -96,6 +96,18 @@ class Pass:
     input: int | None = None
     packed: bool = False
 
+    def check(self) -> None:
+        """Refuse what can't be routed.
+
+        Raises:
+            CapabilityError: the pass holds several sequences in one row.
+        """
+        if self.packed:
+            raise CapabilityError(
+                "This pass holds several sequences in one row (packing, continuous batching), and an edited model "
+                "answers row by row. Use generate, or one sequence per row."
+            )
+
     def incomplete(self, length: int) -> bool:
         """Whether a pass of ``length`` tokens ends before the prompt does: ``generate`` computes it in pieces."""
         return self.input is not None and self.past + length < self.input
@@ -176,11 +188,7 @@ class PromptRouter:
             CapabilityError: the pass holds several sequences in one row.
         """
         call = self.current()
-        if call.packed:
-            raise CapabilityError(
-                "This pass holds several sequences in one row (packing, continuous batching), and an edited model "
-                "answers row by row. Use generate, or one sequence per row."
-            )
+        call.check()
         if call.choice is None or len(call.choice) != len(x):
             if call.incomplete(x.shape[1]):
                 return [(-1, x.shape[1])] * len(x)

@@ -127,6 +127,7 @@ class InContext(LayerEdits):
         given |= given.pop("kwargs", {})
         given.pop("self", None)
         call, ids = self.router.current(), given.get("input_ids")
+        call.check()
         if not isinstance(ids, Tensor) or (isinstance(call.mask, Tensor) and call.mask.dim() != 2):
             raise CapabilityError(
                 "Strategy 'in_context' reads token ids and attention masks (B, T); this pass brings embeddings, or a "

@@ -130,6 +130,12 @@ def test_forgetting_and_detaching_leave_the_model_alone(told):
     assert torch.equal(logits(told.model, "Town of 0?"), logits(tiny(), "Town of 0?"))
 
 
+def test_several_sequences_in_one_row_are_refused(told):
+    ids, _ = encode(told.model, ["Town of 0? "])
+    with pytest.raises(CapabilityError, match="several sequences in one row"):
+        told.model.module(input_ids=ids, cu_seq_lens_q=torch.tensor([0, 3, ids.shape[1]]))
+
+
 def test_embeddings_are_refused(told):
     embedded = torch.zeros(1, 3, 32)
     with pytest.raises(CapabilityError, match="in_context.*reads token ids"):
