@@ -151,11 +151,13 @@ class CausalLM(Model):
             self.tokenizer.save_pretrained(directory)
         local = self.provenance.get("directory", self.base)
         note = f"  # elsewhere: {self.base!r}" if local != self.base else ""
-        origin = self.provenance.get("origin")
+        origin, kept = (self.provenance.get(key) for key in ("origin", "dtype"))
+        # Left out, it would be the type of the file, in which the answers may be others than those that were scored.
+        dtype = f", dtype={kept!r}" if kept else ""
         return (
             f"from peft import PeftModel\n{_IMPORTS}"
             + (f"# The adapter was trained on these base weights: {origin}\n" if origin else "")
-            + f"base = AutoModelForCausalLM.from_pretrained({local!r}){note}\n"
+            + f"base = AutoModelForCausalLM.from_pretrained({local!r}{dtype}){note}\n"
             f"model = PeftModel.from_pretrained(base, {str(directory)!r})\n{_load_tokenizer(directory)}"
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import types
 import warnings
 
@@ -235,6 +236,18 @@ def test_an_exported_adapter_loads_with_plain_peft_and_gives_the_same_logits(lm_
     saved = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert saved["base_model_name_or_path"] == str(lm_directory)
     assert not any(p.suffix == ".bin" for p in (tmp_path / "out").iterdir())
+
+
+def test_an_exported_adapter_is_put_on_a_base_of_the_type_that_was_scored(lm_directory, tmp_path):
+    half = tmp_path / "half"
+    shutil.copytree(lm_directory, half)
+    base_model(load(lm_directory).module).to(torch.bfloat16).save_pretrained(half)
+    model = load(half, r=4)
+    perturb(model)
+    names = execute(model.export(tmp_path / "out"))
+    batch = model.encode(EXAMPLES).batch(torch.arange(4))
+    with evaluating(model.module), torch.no_grad():
+        assert torch.equal(names["model"](**batch.inputs).logits, model.module(**batch.inputs).logits)
 
 
 def test_an_exported_full_model_loads_with_plain_transformers(lm_directory, tmp_path):
