@@ -57,7 +57,10 @@ class ModelConfig:
         choices=("auto", "chat", "plain"),
     )
     max_length: int = opt(
-        512, "longest example in tokens; a longer prompt loses its beginning, never the answer", min=8
+        512,
+        "longest example in tokens, at most those that the model has learned positions for; a longer prompt loses its "
+        "beginning, never the answer",
+        min=8,
     )
     gradient_checkpointing: bool = opt(False, "recompute activations in the backward pass to save memory")
     freeze_backbone: bool = opt(False, "train only the classification head; features are computed once")

@@ -16,6 +16,7 @@ from clkit.models.base import Model
 from clkit.models.encoded_text import EncodedText
 from clkit.models.lora import base_model, plain_state
 from clkit.models.noise import routed
+from clkit.models.positions import learned_positions
 from clkit.models.prompts import PromptFormat
 from clkit.modes import evaluating
 from clkit.tasks.base import EditExamples, Examples, Kind, TextExamples
@@ -35,7 +36,7 @@ class CausalLM(Model):
         tokenizer: a fast one.
         provenance: see ``Model``.
         prompt: auto, chat or plain (``PromptFormat``).
-        max_length: tokens per example.
+        max_length: tokens per example; at most as many as the model has learned positions for.
         autocast_dtype: what the engine computes in; None = the weights' own type.
         base: the hub id of the model, or its directory.
 
@@ -62,7 +63,8 @@ class CausalLM(Model):
         super().__init__(name, module, provenance)
         self.tokenizer = tokenizer
         self.form = PromptFormat(tokenizer, prompt)
-        self.max_length = max_length
+        self._positions = learned_positions(module)
+        self.max_length = min(max_length, self._positions or max_length)
         self.autocast_dtype = autocast_dtype
         self.base = base
 
@@ -101,6 +103,9 @@ class CausalLM(Model):
     def generate(self, encoded: EncodedText, indices: Sequence[int] | Tensor, max_new_tokens: int) -> list[str]:
         """Answer the prompts at ``indices`` greedily, as one batch.
 
+        Where the model's learned positions end before ``max_new_tokens``, an answer ends with them, and prompts are
+        answered one by one, so that none depends on the others of its batch.
+
         Returns:
             The answers, without special tokens and without white space around them.
         """
@@ -111,6 +116,10 @@ class CausalLM(Model):
         if not prompts:
             return []
         width = max(len(p) for p in prompts)
+        if self._positions is not None and width + max_new_tokens > self._positions:
+            if len(prompts) > 1:
+                return [self.generate(encoded, [int(i)], max_new_tokens)[0] for i in indices]
+            max_new_tokens = self._positions - width
         pad = self.tokenizer.pad_token_id
         ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=self.device)
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=self.device)

@@ -151,6 +151,24 @@ def test_generation_stops_at_the_end_token(lm_directory, end):
     assert len(ended) < len(text) and text.startswith(ended)
 
 
+def test_examples_and_answers_end_with_the_learned_positions(tokenizer, tmp_path):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=len(tokenizer), n_embd=32, n_layer=1, n_head=2, n_positions=24)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    model = load(tmp_path)
+    long = TextRecord("a b c d e f g " * 9 + "1", "Paris", id="long")
+    encoded = model.encode(TextExamples((*EXAMPLES.records, long)))
+    assert encoded.lengths.max() == 24
+    model.loss(encoded.batch(torch.arange(5))).backward()
+    room = 24 - len(encoded.prompt_ids(4))
+    together = model.generate(encoded, range(5), 16)
+    assert len(tokenizer(together[4]).input_ids) <= room + 1 < 17
+    assert together == [model.generate(encoded, [i], 16)[0] for i in range(5)]
+
+
 def test_adapters_come_from_the_generator_and_leave_the_global_one_alone(lm_directory):
     torch.manual_seed(11)
     expected = torch.rand(3)

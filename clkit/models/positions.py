@@ -1,0 +1,23 @@
+"""How many tokens a language model has learned positions for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from clkit.models.lora import base_model
+
+
+def learned_positions(module: nn.Module) -> int | None:
+    """The length of a model's table of position embeddings (GPT-2, OPT, GPT-Neo); None of models without one.
+
+    A token beyond it ends in an index error. Rotary and relative positions have no such end.
+    """
+    known = getattr(getattr(base_model(module), "config", None), "max_position_embeddings", None)
+    for name, part in base_model(module).named_modules():
+        leaf: Any = part
+        called = name.rpartition(".")[2]
+        if isinstance(known, int) and isinstance(part, nn.Embedding) and (called == "wpe" or "position" in called):
+            return min(known, int(leaf.num_embeddings))
+    return None
