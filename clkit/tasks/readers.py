@@ -127,9 +127,12 @@ def _add(rows: list[Row], where: str, value: Any, problems: list[Problem]) -> No
 
 def _read_csv(path: Path, problems: list[Problem]) -> list[Row]:
     # The standard library rather than `datasets`: it knows the line of each row, and the answer "NA" stays a text.
-    reader = csv.DictReader(io.StringIO(_text(path, problems), newline=""), strict=True)
+    text = _text(path, problems)
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     rows = []
     line = 1  # where the row that is being read begins; it may take several lines
+    # Cells of any length can be read; how long a text may be is `max_chars`' to say. The limit is the process's own.
+    limit = csv.field_size_limit(max(len(text), csv.field_size_limit()))
     try:
         expected = len(reader.fieldnames or ())
         line = reader.line_num + 1
@@ -141,6 +144,8 @@ def _read_csv(path: Path, problems: list[Problem]) -> list[Row]:
             rows.append(Row(where, {k: v or None for k, v in record.items()}))
     except csv.Error as error:
         problems.append(Problem(f"{path}:{line}", f"not valid CSV: {error}"))
+    finally:
+        csv.field_size_limit(limit)
     return rows
 
 

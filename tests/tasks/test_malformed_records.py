@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
 
@@ -90,6 +91,15 @@ def test_a_byte_order_mark_is_no_problem(tmp_path):
     file = tmp_path / "x.jsonl"
     file.write_bytes(b"\xef\xbb\xbf" + f"{GOOD}\n{GOOD}".encode())
     assert len(build_tasks("jsonl", {"tasks": [str(file)]})[0].train) == 1
+
+
+def test_cells_of_a_csv_may_be_as_long_as_max_chars_says(tmp_path):
+    file = tmp_path / "x.csv"
+    file.write_text("prompt,answer\n" + "".join(f"{word * 200_000},a\n" for word in "pq"))
+    before = csv.field_size_limit()
+    assert problems_of([file])[0] == "x.csv:2: 'prompt' has 200000 characters (max_chars is 100000)"
+    assert len(build_tasks("jsonl", {"tasks": [str(file)], "max_chars": 200_000})[0].train) == 1
+    assert csv.field_size_limit() == before
 
 
 def test_duplicate_given_ids_are_errors_over_all_files_but_can_be_ignored(tmp_path):
