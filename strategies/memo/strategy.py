@@ -214,8 +214,12 @@ class Memo(ExemplarMeans):
 
     @property
     def _caches(self) -> bool:
-        """Whether features of later tasks may be kept: nothing before the new block changes, and all have one shape."""
-        changes = self.config.train_base or self.run.config.train.augment != "none"
+        """Whether features of later tasks may be kept.
+
+        Nothing before the new block changes, all have one shape, and a step reads no example but those of the epoch
+        (exemplars that are drawn beside the new examples are none of them).
+        """
+        changes = self.config.train_base or self.run.config.train.augment != "none" or not self._union
         return bool(self.config.cache) and not changes and self.run.model.tokenizer is None  # type: ignore[attr-defined]
 
     def _compute(self, batch: Batch) -> tuple[Tensor, Tensor]:

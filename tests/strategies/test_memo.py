@@ -130,6 +130,28 @@ def test_cached_features_give_the_steps_of_the_plain_path(vision_content):
         torch.testing.assert_close(ours[name], theirs[name], atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("replay", [{"policy": "reservoir"}, {"policy": "herding", "mix": "batch"}])
+@pytest.mark.parametrize("name", ["memo", "der"])
+def test_exemplars_that_are_drawn_beside_the_new_examples_are_learned_as_themselves(vision_content, name, replay):
+    frozen = {"train_base": False} if name == "memo" else {}
+    content = memo(vision_content, replay={"size": 15, **replay}, **frozen)
+    content["strategy"]["name"] = name
+    config = resolve.validate(content)
+    tasks = build.make_tasks(config)
+    model = build.make_model(config.model, tasks, config.seed, lambda text: None)
+    strategy = build.make_strategy(config.strategy)
+    loss, learned = strategy.loss, []
+
+    def watched(batch):
+        learned.extend(zip(batch.ids, batch.labels.tolist(), strict=True))
+        return loss(batch)
+
+    strategy.loss = watched
+    SequentialTrainer(model, strategy, config).fit(tasks)
+    given = {i: y for task in tasks for i, y in zip(task.train.ids, task.train.labels.tolist(), strict=True)}
+    assert len(learned) > 200 and all(given[i] == y for i, y in learned)
+
+
 @pytest.mark.parametrize("train_base", [True, False])
 def test_what_is_frozen_does_not_move_and_the_rest_does(vision_content, train_base):
     trainer = started(memo(vision_content, train_base=train_base, cache=0), 2)
