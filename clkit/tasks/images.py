@@ -23,11 +23,19 @@ DECODE_ERRORS = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
 
 def to_array(image: Image.Image, mode: str, size: int = 0) -> NDArray[np.uint8]:
     """A (C, H, W) array: upright, in ``mode`` (RGB or L), and with a ``size`` centre-cropped and resized to it."""
-    image = ImageOps.exif_transpose(image).convert(mode)
+    image = _eight_bit(ImageOps.exif_transpose(image)).convert(mode)
     if size and image.size != (size, size):
         image = ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR)
     array = np.array(image)  # a copy, because torch wants to own what it writes to
     return np.ascontiguousarray(array[None] if array.ndim == 2 else array.transpose(2, 0, 1))
+
+
+def _eight_bit(image: Image.Image) -> Image.Image:
+    """Grey images of 16 bits with 0..65535 as 0..255; Pillow's own conversion makes all above 255 white."""
+    if image.mode != "I" and not image.mode.startswith("I;16"):
+        return image
+    deep = np.asarray(image).astype(np.int64).clip(0, 65535)
+    return Image.fromarray(((deep + 128) // 257).astype(np.uint8))
 
 
 def thumbnail(pixels: Tensor, size: int = 48) -> str:

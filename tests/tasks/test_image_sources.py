@@ -101,6 +101,19 @@ def test_an_image_folder_is_decoded_when_a_batch_needs_it(folder):
         train.inputs[torch.tensor([0])]
 
 
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+def test_grey_images_of_16_bits_keep_their_shades(tmp_path, mode):
+    shades = RNG.integers(0, 256, (6, 8, 8), dtype=np.uint8)
+    for number, grey in enumerate(shades):
+        path = tmp_path / "deep" / ("a" if number < 3 else "b") / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(grey.astype(np.uint16) * 257).save(path)
+    (task,) = build_tasks("image-folder", {"root": str(tmp_path / "deep"), "size": 8, "mode": mode})
+    read = [part.inputs[torch.arange(len(part))] for part in (task.train, task.eval)]
+    found = {image.numpy().tobytes() for images in read for image in images}
+    assert found == {np.stack([grey] * len(mode)).tobytes() for grey in shades}
+
+
 def test_without_a_test_folder_a_part_of_each_class_is_held_out(tmp_path):
     for name in ("a", "b"):
         for k in range(5):
