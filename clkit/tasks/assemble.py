@@ -90,6 +90,7 @@ def build_sequence(
     seed: int,
     files: Sequence[Path],
     problems: list[Problem],
+    class_names: Sequence[str] = (),
 ) -> TaskSequence:
     """Check all rows and build the sequence.
 
@@ -104,6 +105,7 @@ def build_sequence(
         seed: for what is held out, for limits and for splits.
         files: what the rows were read from.
         problems: what went wrong before; whatever is found here is added.
+        class_names: see :func:`classification_sequence`.
 
     Raises:
         DataError: there is any problem.
@@ -113,7 +115,7 @@ def build_sequence(
     extra = [_draft(raw, parser, config, seed, holdout=True) for raw in holdout]
     if config.kind == "classification":
         named = [NamedTask(d.raw.name, _named(d.train), _named(d.eval), d.metadata()) for d in drafts]
-        return classification_sequence(named, config, seed, files, problems)
+        return classification_sequence(named, config, seed, files, problems, class_names)
     if problems:
         raise DataError.collect("The data are not usable:", problems)
     return TaskSequence(
@@ -183,11 +185,25 @@ def _named(parsed: Sequence[Parsed]) -> Named:
 
 
 def classification_sequence(
-    tasks: Sequence[NamedTask], config: RecordsConfig, seed: int, files: Sequence[Path], problems: list[Problem]
+    tasks: Sequence[NamedTask],
+    config: RecordsConfig,
+    seed: int,
+    files: Sequence[Path],
+    problems: list[Problem],
+    class_names: Sequence[str] = (),
 ) -> TaskSequence:
     """Number the classes and build the sequence: several tasks as they are, a single one split by the options.
 
-    Classes are numbered in the order of the tasks, within a task by name.
+    Classes are numbered in the order of the tasks, within a task as the data set numbers them, else by name; whole
+    numbers as names count as numbers, so that 10 comes after 9.
+
+    Args:
+        tasks: at least one.
+        config: how they are split.
+        seed: for limits and splits.
+        files: what the examples were read from.
+        problems: what went wrong before.
+        class_names: the data set's classes in its own order, where it has one.
 
     Raises:
         DataError: there is any problem, a class is in two tasks (unless scenario is ``domain``), or the split does
@@ -197,9 +213,16 @@ def classification_sequence(
         _check_owners(tasks, problems)
     if problems:
         raise DataError.collect("The data are not usable:", problems)
+    place = {name: k for k, name in reversed(list(enumerate(class_names)))}
+
+    def rank(name: str) -> tuple[int, int, str]:
+        if name in place:
+            return 0, place[name], name
+        return (1, int(name), name) if name.removeprefix("-").isdecimal() else (2, 0, name)
+
     names: list[str] = []
     for task in tasks:
-        names += sorted(task.labels - set(names))
+        names += sorted(task.labels - set(names), key=rank)
     number = {name: k for k, name in enumerate(names)}
     if len(tasks) == 1:
         train, eval = (part.numbered(number) for part in (tasks[0].train, tasks[0].eval))

@@ -77,10 +77,11 @@ class HubSource(TaskSource):
             except DataError as error:
                 problems.append(Problem(entry, str(error)))
         files = list(dict.fromkeys(file for task in tasks for part in task.parts for file in part.files))
+        names = list(dict.fromkeys(name for task in tasks for name in task.parts[0].class_names(config.label_field)))
         if config.image_field:
-            return _image_tasks(tasks, config, seed, files, problems)
+            return _image_tasks(tasks, config, seed, files, problems, names)
         raw = [RawTask(task.name, task.parts[0].where, *(_rows(part) for part in task.parts)) for task in tasks]
-        return build_sequence(raw, [], config, seed, files, problems)
+        return build_sequence(raw, [], config, seed, files, problems, names)
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,13 @@ class _Part:
         if not isinstance(feature, ClassLabel):
             return values
         return [None if v is None or v < 0 else feature.int2str(v) for v in values]
+
+    def class_names(self, column: str) -> list[str]:
+        """The classes of a ClassLabel column in the data set's order; none of another column."""
+        from datasets import ClassLabel
+
+        feature = self.dataset.features.get(column)
+        return list(feature.names) if isinstance(feature, ClassLabel) else []
 
     def rows_with(self, values: Sequence[Any], wanted: str) -> _Part:
         """The rows whose value is the wanted one."""
@@ -189,7 +197,12 @@ def _rows(part: _Part) -> list[Row]:
 
 
 def _image_tasks(
-    loaded: Sequence[_Loaded], config: HubConfig, seed: int, files: Sequence[Path], problems: list[Problem]
+    loaded: Sequence[_Loaded],
+    config: HubConfig,
+    seed: int,
+    files: Sequence[Path],
+    problems: list[Problem],
+    class_names: Sequence[str],
 ) -> TaskSequence:
     count: dict[str, int] = {}  # training ids are unique over all tasks
     tasks = []
@@ -205,7 +218,7 @@ def _image_tasks(
             kept, out = held_out(parts[0].ids, parts[0].labels, config.eval_fraction, seed)
             parts = [_subset(parts[0], kept), _subset(parts[0], out)]
         tasks.append(NamedTask(task.name, parts[0], parts[1], {}))
-    return classification_sequence(tasks, config, seed, files, problems)
+    return classification_sequence(tasks, config, seed, files, problems, class_names)
 
 
 def _subset(part: Named, indices: list[int]) -> Named:

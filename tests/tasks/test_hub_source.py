@@ -94,6 +94,25 @@ def test_images_become_one_tensor_split_by_class(tmp_path, eval_split):
         assert len(seen) == 12
 
 
+@pytest.mark.parametrize("kind", ["images", "texts"])
+def test_the_order_and_the_numbers_of_classes_are_those_of_the_data_set(tmp_path, kind):
+    labels = datasets.ClassLabel(names=["trouser", "bag", "coat"])
+    if kind == "images":
+        rows, _ = images(12)
+        features, options = datasets.Features({"img": datasets.Image(), "label": labels}), IMAGES
+    else:
+        rows = [{"prompt": f"text {i}", "label": i % 3} for i in range(12)]
+        features = datasets.Features({"prompt": datasets.Value("string"), "label": labels})
+        options = {"kind": "classification"}
+    path = save(tmp_path / "d", features, train=rows, test=rows)
+    options = {"datasets": [path], "classes_per_task": 1, **options}
+    tasks = build_tasks("hf", options)
+    assert [t.metadata["class_names"] for t in tasks] == [["trouser"], ["bag"], ["coat"]]
+    chosen = build_tasks("hf", {**options, "class_order": [2, 0, 1]})
+    assert [t.metadata["class_names"] for t in chosen] == [["coat"], ["trouser"], ["bag"]]
+    assert [t.metadata["source_classes"] for t in chosen] == [[2], [0], [1]]
+
+
 def test_broken_unlabelled_and_unequal_images_are_all_listed(tmp_path):
     rows, _ = images(5, sizes=((6, 6), (6, 7)))
     rows[2]["img"]["bytes"] = b"no image"

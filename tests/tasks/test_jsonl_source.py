@@ -6,6 +6,7 @@ import csv
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from clkit.errors import ConfigError
@@ -173,6 +174,16 @@ def test_one_classification_file_is_split_by_class(tmp_path):
     file = write(tmp_path / "x.jsonl", classified("abcde" * 4))
     tasks = build_tasks("jsonl", {"tasks": [file], "kind": "classification", "class_order": list("edcba")})
     assert [t.metadata["class_names"] for t in tasks] == [["e", "d"], ["c", "b"], ["a"]]
+
+
+def test_classes_that_are_numbers_are_in_the_order_of_numbers(tmp_path):
+    rows = [{"prompt": f"text {i}", "label": i % 12} for i in range(48)]
+    file = write(tmp_path / "x.jsonl", rows)
+    tasks = build_tasks("jsonl", {"tasks": [file], "kind": "classification", "num_tasks": 1})
+    assert tasks[0].metadata["class_names"] == [str(k) for k in range(12)]
+    shuffled = build_tasks("jsonl", {"tasks": [file], "kind": "classification", "num_tasks": 12, "order_seed": 1993})
+    expected = np.random.RandomState(1993).permutation(12).tolist()
+    assert [t.metadata["class_names"] for t in shuffled] == [[str(k)] for k in expected]
 
 
 def test_options_that_are_wrong_are_all_told_before_anything_is_read(tmp_path):
