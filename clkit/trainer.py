@@ -23,7 +23,7 @@ from torch import nn
 from clkit.build import coerce
 from clkit.cache import RowCache, computed_root
 from clkit.card import card
-from clkit.checkpoint import CheckpointStore
+from clkit.checkpoint import CheckpointStore, clone_state
 from clkit.config import EngineConfig, RunConfig
 from clkit.dealing import dealt
 from clkit.engine.base import Engine
@@ -372,7 +372,8 @@ class SequentialTrainer:
         self.scores.load_state_dict(saved)
         for name, numbers in saved.get("further", {}).items():
             self.further[name].load_state_dict(numbers)
-        self.strategy.load_state_dict(saved["strategy"])
+        # Copied, because what was read lies anywhere in memory, and where a tensor begins decides how sums are rounded.
+        self.strategy.load_state_dict(clone_state(saved["strategy"]))
         self.strategy.load_model_state(saved["model"])
         if saved["engine"] is not None:
             # Right after a stage the optimiser is still that stage's; its state is only kept for its moments.

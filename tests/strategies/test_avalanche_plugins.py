@@ -17,6 +17,7 @@ from clkit.errors import CapabilityError, ConfigError
 from clkit.loader import epoch_order
 from clkit.rng import derive_seed, fresh_generator
 from clkit.strategies.avalanche.plugins import project
+from clkit.strategies.avalanche.strategy import Avalanche
 from clkit.tasks.augment import augmented
 from clkit.tasks.avalanche import importing, to_benchmark
 
@@ -74,6 +75,31 @@ def test_every_plug_in_resumes_bit_identically_on_images(plugin, vision_content,
     vision_content["train"]["epochs"] = 2
     vision_content["tasks"]["num_tasks"] = 3
     cut_and_whole(vision_content, plugin, tmp_path, monkeypatch)
+
+
+def test_a_teacher_that_was_read_from_a_checkpoint_rounds_a_batch_of_one_alike(vision_content, tmp_path, monkeypatch):
+    vision_content["train"] |= {"epochs": 2, "batch_size": 5}
+    vision_content["tasks"] |= {"num_tasks": 4, "train_limit": 7, "order_seed": 3}  # 21 examples in the second task
+    given = {**vision_content, "strategy": content("lwf")}
+    api.run(resolve.validate({**given, "output_dir": str(tmp_path / "whole")}))
+    config = resolve.validate({**given, "output_dir": str(tmp_path / "cut")})
+    with monkeypatch.context() as patch:
+        cut_after(patch, 12)
+        with pytest.raises(Cut):
+            api.run(config)
+    load, places = Avalanche.load_state_dict, []
+
+    def watched(self, state):
+        teacher = state["plugin"]["lwf"]["attributes"]["prev_model"]["tensors"]
+        places.extend(tensor.data_ptr() % 64 for tensor in teacher.values())
+        load(self, state)
+
+    monkeypatch.setattr(Avalanche, "load_state_dict", watched)
+    api.run(config)
+    assert places and not any(places)  # where a tensor begins decides how its sums are rounded
+    ours, theirs = weights(tmp_path / "cut"), weights(tmp_path / "whole")
+    for name, expected in theirs.items():
+        torch.testing.assert_close(ours[name], expected, rtol=0, atol=0, equal_nan=True, msg=name)
 
 
 @pytest.mark.parametrize("plugin", [p for p in TEXT if p != "replay"])  # replay is in the contract
