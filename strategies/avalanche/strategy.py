@@ -54,7 +54,7 @@ class Avalanche(Strategy):
 
         Raises:
             CapabilityError: it does not work with language models, or with this schedule.
-            ConfigError: its memory sample is smaller than the number of earlier tasks.
+            ConfigError: its memory sample is smaller than the number of earlier tasks, or the first task is too short.
         """
         super().setup(run)
         name, train = self.config.plugin, run.config.train
@@ -71,6 +71,11 @@ class Avalanche(Strategy):
             raise ConfigError(
                 f"strategy.options: sample_size is {self.plugin.sample_size}, expected at least {len(run.tasks) - 1} "
                 "(one example of each earlier task)"
+            )
+        if name == "rwalk" and self.stage_steps(0) < self.plugin.delta_t - 1:
+            raise ConfigError(
+                f"strategy.options: delta_t is {self.plugin.delta_t}, expected at most {self.stage_steps(0) + 1} (the "
+                "first task's steps and one): rwalk scores no weight there, and its penalty is not a number"
             )
         self._agent: Agent | None = None
         self._penalises = "before_backward" in vars(type(self.plugin))

@@ -326,6 +326,9 @@ def test_what_would_fail_at_a_late_task_is_refused_at_the_first(tmp_path):
     )
     with pytest.raises(ConfigError, match="sample_size is 3, expected at least 4"):
         trainer.fit(tasks)
+    trainer, tasks = trainer_for(digits(tmp_path, steps=8), "avalanche", plugin="rwalk")
+    with pytest.raises(ConfigError, match="delta_t is 10, expected at most 9"):
+        trainer.fit(tasks)
     trainer, tasks = trainer_for(digits(tmp_path, schedule="linear"), "avalanche", plugin="gdumb")
     with pytest.raises(CapabilityError, match="the length of a schedule is not known"):
         trainer.fit(tasks)
