@@ -99,6 +99,13 @@ class Avalanche(Strategy):
         self.run.model.module.zero_grad(set_to_none=True)
         self.run.model.module.train()
 
+    def stage_steps(self, stage: int) -> int:
+        """Steps of a stage; replay may cut the new examples of later ones into batches of a size of its own."""
+        own, train = self.config.options.get("batch_size"), self.run.config.train
+        if self.config.plugin != "replay" or not own or not stage or train.steps:
+            return int(super().stage_steps(stage))
+        return train.epochs * -(-self._epoch_size(stage) // int(own))
+
     # --- one task ---------------------------------------------------------------------------------------------------
     def begin_task(self, task: Task) -> None:
         """The experience begins."""

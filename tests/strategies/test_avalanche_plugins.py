@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 import warnings
 
@@ -332,6 +333,17 @@ def test_what_would_fail_at_a_late_task_is_refused_at_the_first(tmp_path):
     trainer, tasks = trainer_for(digits(tmp_path, schedule="linear"), "avalanche", plugin="gdumb")
     with pytest.raises(CapabilityError, match="the length of a schedule is not known"):
         trainer.fit(tasks)
+
+
+def test_a_schedule_has_the_length_of_the_batches_that_replay_cuts(tmp_path):
+    world = {**digits(tmp_path, schedule="linear"), "strategy": content("replay", batch_size=4)}
+    world["tasks"]["num_tasks"] = 2
+    world["tracking"] = {"log_every": 1}
+    api.run(resolve.validate(world))
+    found = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
+    rates = [e["learning_rate"] for e in found if e["event"] == "step" and e["task"] == "task-2"]
+    assert len(rates) == 100 and rates == sorted(rates, reverse=True) and rates[-1] > 0
+    assert [e["steps"] for e in found if e["event"] == "task"] == [26, 100]
 
 
 def test_the_teacher_of_lwf_sees_the_images_that_the_model_sees(tmp_path):
