@@ -100,7 +100,10 @@ def _examples(
     for label, name in enumerate(names):
         found = _images(folder / name)
         if not found and (folder / name).is_dir():
-            problems.append(Problem(str(folder / name), f"has no images ({', '.join(sorted(SUFFIXES))})"))
+            what = f"has no images ({', '.join(sorted(SUFFIXES))})"
+            if any(_images(inner) for inner in (folder / name).iterdir()):
+                what += f" of its own, only folders with images; parts must be called {' and '.join(PARTS)}"
+            problems.append(Problem(str(folder / name), what))
         paths += found
         labels += [label] * len(found)
 

@@ -144,6 +144,14 @@ def test_all_broken_images_and_classes_are_listed_at_once(folder):
     assert sorted(where) == ["/test/bee/1.png", "/test/empty", "/train/ant/0.png", "/train/empty"]
 
 
+def test_parts_with_other_names_are_told(tmp_path):
+    for part in ("train", "val"):
+        for name in "ab":
+            save(tmp_path / "parts" / part / name / "0.png")
+    with pytest.raises(DataError, match=r"val: has no images .* of its own.* parts must be called train and test"):
+        build_tasks("image-folder", {"root": str(tmp_path / "parts")})
+
+
 def test_a_wrong_folder_is_told(tmp_path):
     (tmp_path / "images").mkdir()
     with pytest.raises(ConfigError, match=r"Did you mean 'images'\?"):
