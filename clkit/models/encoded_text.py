@@ -11,12 +11,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from clkit.errors import DataError, Problem
-from clkit.models.prompts import PromptFormat, Tokens
+from clkit.models.prompts import ANY_WORD, PromptFormat, Tokens, common_prefix
 from clkit.tasks.base import EditRecord, TextRecord
 from clkit.tasks.batch import Batch, Encoded
-
-# A word that almost every tokenizer has with a space in front: a prompt must not depend on its answer's first letter.
-_ANY_WORD = "the"
 
 
 class EncodedText(Encoded):
@@ -94,9 +91,7 @@ class EncodedText(Encoded):
         options share one prompt, and each has exactly the tokens that it has in training.
         """
         contexts = self.form.render([r.prompt for r in self.records])
-        answers = [
-            (_ANY_WORD, self.answer(i), *(getattr(r, "options", None) or ())) for i, r in enumerate(self.records)
-        ]
+        answers = [(ANY_WORD, self.answer(i), *(getattr(r, "options", None) or ())) for i, r in enumerate(self.records)]
         flat = self.form.tokenise(
             [c for c, choices in zip(contexts, answers, strict=True) for _ in choices],
             [choice for choices in answers for choice in choices],
@@ -106,7 +101,7 @@ class EncodedText(Encoded):
         for i, choices in enumerate(answers):
             ways = flat[place : place + len(choices)]
             place += len(choices)
-            first, shared = ways[0], _common_prefix([w.ids[: w.answer] for w in ways])
+            first, shared = ways[0], common_prefix([w.ids[: w.answer] for w in ways])
             answer, *following = [w.ids[len(shared) :] for w in ways[1:]]
             longest = max(len(f) for f in following or [answer]) + 1
             room = self.max_length - longest
@@ -120,12 +115,3 @@ class EncodedText(Encoded):
         if problems:
             raise DataError.collect("Options are too long for the model:", problems)
         return prompts, options
-
-
-def _common_prefix(rows: Sequence[Sequence[int]]) -> list[int]:
-    shared: list[int] = []
-    for tokens in zip(*rows, strict=False):
-        if len(set(tokens)) > 1:
-            break
-        shared.append(tokens[0])
-    return shared

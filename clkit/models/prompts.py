@@ -7,10 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from clkit.errors import ModelError
 
 _SENTINEL = "clkit0prompt0goes0here"
+ANY_WORD = "the"
+"""Almost every tokenizer has it with a space in front: a prompt must not depend on its answer's first letter."""
 
 
 @dataclass(slots=True)
@@ -95,10 +98,26 @@ class PromptFormat:
         """Tokenise each rendered context together with its answer, in one call.
 
         A token belongs to the answer when it ends after the answer's first character begins: a token that spans the
-        separator and the answer (" Paris") does.
+        separator and the answer (" Paris") does. So does a space that is a token of its own (in front of a digit) where
+        a word would take it along: the prompt that a model is given ends before it, so it has to be learned.
         """
         if not contexts:
             return []
+        joined = self._joined(contexts, answers)
+        first = [text.answer for text in joined]
+        apart = [i for i, text in enumerate(joined) if text.has_space_apart]
+        before_a_word = self._joined([contexts[i] for i in apart], [ANY_WORD] * len(apart)) if apart else []
+        for i, other in zip(apart, before_a_word, strict=True):
+            first[i] = len(common_prefix([joined[i].ids[: first[i]], other.ids[: other.answer]]))
+        result = []
+        for context, text, answer in zip(contexts, joined, first, strict=True):
+            head = int((text.ends[:answer] <= len(self._head)).sum()) if self._head else 0
+            tail = int((text.begins[head:answer] >= len(context) - len(self._tail)).sum()) if self._tail else 0
+            extra = len(self._bos)
+            result.append(Tokens(self._bos + text.ids, answer + extra, head + extra, tail))
+        return result
+
+    def _joined(self, contexts: Sequence[str], answers: Sequence[str]) -> list[_Joined]:
         starts, texts = [], []
         for context, answer in zip(contexts, answers, strict=True):
             separator = self.separator(context, answer)
@@ -111,15 +130,44 @@ class PromptFormat:
             return_attention_mask=False,
             verbose=False,
         )
-        result = []
-        for context, start, ids, offsets in zip(
-            contexts, starts, encoded["input_ids"], encoded["offset_mapping"], strict=True
+        found = []
+        for text, start, ids, offsets in zip(
+            texts, starts, encoded["input_ids"], encoded["offset_mapping"], strict=True
         ):
             begins, ends = np.asarray(offsets, dtype=np.int64).reshape(-1, 2).T
-            # The first such token and all that follow: byte-level tokenizers may give several tokens one offset.
-            answer_at = int(np.append(ends > start, True).argmax())
-            head = int((ends[:answer_at] <= len(self._head)).sum()) if self._head else 0
-            tail = int((begins[head:answer_at] >= len(context) - len(self._tail)).sum()) if self._tail else 0
-            extra = len(self._bos)
-            result.append(Tokens(self._bos + list(ids), answer_at + extra, head + extra, tail))
-        return result
+            found.append(_Joined(text, start, list(ids), begins, ends))
+        return found
+
+
+@dataclass(slots=True)
+class _Joined:
+    """A context with its answer, which starts at ``start``; its tokens, and where in the text they begin and end."""
+
+    text: str
+    start: int
+    ids: list[int]
+    begins: NDArray[np.int64]
+    ends: NDArray[np.int64]
+
+    @property
+    def answer(self) -> int:
+        """The first token that ends after the answer's first character begins."""
+        # That one and all that follow: byte-level tokenizers may give several tokens one offset.
+        return int(np.append(self.ends > self.start, True).argmax())
+
+    @property
+    def has_space_apart(self) -> bool:
+        """Whether a token before the answer is nothing but the space in front of it."""
+        last = self.answer - 1
+        spaced = last >= 0 and self.text[: self.start].endswith(" ")
+        return spaced and not self.text[int(self.begins[last]) : self.start].strip()
+
+
+def common_prefix(rows: Sequence[Sequence[int]]) -> list[int]:
+    """The tokens with which all rows begin."""
+    shared: list[int] = []
+    for tokens in zip(*rows, strict=False):
+        if len(set(tokens)) > 1:
+            break
+        shared.append(tokens[0])
+    return shared

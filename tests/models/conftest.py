@@ -15,7 +15,7 @@ SENTENCES = [
     "The capital of France is Paris.",
     "The capital of Italy is Rome and it is old.",
     "Question: who lives in Berlin? Answer: many people live there.",
-    "a b c d e f g 1 2 3 4 5",
+    "a b c d e f g 1 2 3 4 5 the",
 ] * 8
 
 

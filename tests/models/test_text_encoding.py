@@ -108,14 +108,22 @@ def test_answers_that_do_not_fit_are_listed_together(tokenizer):
 
 def test_the_generation_prompt_is_the_training_prompt_and_does_not_depend_on_the_answer(tokenizer):
     for style in ("plain", "chat"):
-        pairs = [("The capital of France is", a) for a in ("Paris", "Rome", "5")]
+        pairs = [("The capital of France is", a) for a in ("Paris", "Rome", "9")]
         encoded = encode(tokenizer, *pairs, style=style)
         prompts = [encoded.prompt_ids(i) for i in range(3)]
         assert prompts[0] == prompts[1] == prompts[2]
-        for i in range(3):  # in training a space that does not melt into its answer is a token of the prompt
-            given = split(encoded, i)[0]
-            assert given[: len(prompts[0])] == prompts[0]
-            assert tokenizer.decode(given[len(prompts[0]) :]) in ("", " ")
+        for i in range(3):
+            assert split(encoded, i)[0] == prompts[0]
+
+
+@pytest.mark.parametrize("prompt", ["The capital of France is", "The capital of France is "])
+def test_a_space_that_does_not_melt_into_its_answer_is_learned(tokenizer, prompt):
+    encoded = encode(tokenizer, (prompt, "9 a"), (prompt, "Paris"))
+    given, learned = split(encoded, 0)
+    assert tokenizer.convert_ids_to_tokens(learned)[:2] == ["Ġ", "9"]  # as SmolLM2's cuts every number
+    assert given == split(encoded, 1)[0] == encoded.prompt_ids(0)
+    batch = encoded.batch(torch.arange(2))
+    assert batch.num_targets == int((batch.labels != -100).sum())
 
 
 def test_a_trailing_space_is_left_to_the_answer(tokenizer):
