@@ -33,7 +33,7 @@ class CausalLM(Model):
     Args:
         name: as the user gave it.
         module: the model.
-        tokenizer: a fast one.
+        tokenizer: a fast one; it pads with its EOS if it has no token for that.
         provenance: see ``Model``.
         prompt: auto, chat or plain (``PromptFormat``).
         max_length: tokens per example; at most as many as the model has learned positions for.
@@ -63,6 +63,9 @@ class CausalLM(Model):
         super().__init__(name, module, provenance)
         self.tokenizer = tokenizer
         self.form = PromptFormat(tokenizer, prompt)
+        if tokenizer.pad_token_id is None:
+            # Padding is known by the attention mask, never by this id, so any token will do.
+            tokenizer.pad_token = tokenizer.eos_token
         self._positions = learned_positions(module)
         self.max_length = min(max_length, self._positions or max_length)
         self.autocast_dtype = autocast_dtype

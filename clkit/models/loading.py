@@ -278,9 +278,6 @@ def load_tokenizer(directory: Path, name: str) -> Any:
         raise ModelError(f"The tokenizer of '{name}' can't be loaded from {directory}: {_first_line(error)}") from error
     if not tokenizer.is_fast:
         raise ModelError(f"The tokenizer of '{name}' gives no offsets; a fast one (tokenizer.json) is needed.")
-    if tokenizer.pad_token_id is None:
-        # Padding is known by the attention mask, never by this id, so any token will do.
-        tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 

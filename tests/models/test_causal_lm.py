@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 import types
@@ -13,10 +14,11 @@ from torch import nn
 
 from clkit.config import LoraConfig, ModelConfig
 from clkit.errors import DataError, ModelError
-from clkit.models import load_model
+from clkit.models import load_model, wrap
 from clkit.models.causal_lm import CausalLM
 from clkit.models.lora import attach_lora, base_model
 from clkit.models.precision import pick_dtype
+from clkit.models.prompts import PromptFormat
 from clkit.modes import evaluating
 from clkit.tasks.base import EditExamples, EditRecord, LabelledExamples, TextExamples, TextRecord
 
@@ -167,6 +169,17 @@ def test_examples_and_answers_end_with_the_learned_positions(tokenizer, tmp_path
     together = model.generate(encoded, range(5), 16)
     assert len(tokenizer(together[4]).input_ids) <= room + 1 < 17
     assert together == [model.generate(encoded, [i], 16)[0] for i in range(5)]
+
+
+def test_a_wrapped_model_needs_no_token_to_pad_with(lm_directory):
+    model = load(lm_directory)
+    tokenizer = copy.deepcopy(model.tokenizer)
+    tokenizer.pad_token = None
+    wrapped = wrap(model.module, tokenizer)
+    wrapped.form = PromptFormat(tokenizer, "plain")
+    batches = [m.encode(EXAMPLES).batch(torch.arange(4)) for m in (model, wrapped)]
+    assert torch.equal(wrapped.loss(batches[1]), model.loss(batches[0]))
+    assert wrapped.generate(batches[1].source, range(4), 6) == model.generate(batches[0].source, range(4), 6)
 
 
 def test_adapters_come_from_the_generator_and_leave_the_global_one_alone(lm_directory):
