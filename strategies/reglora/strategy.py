@@ -55,7 +55,8 @@ class RegLoRA(FreshLora):
                 self.run.engine.add_gradient(layer.A, d_a, strength * scale)
                 losses.append(loss * scale)
         done = position.step + 1
-        if done == 1 or done % self.run.config.tracking.log_every == 0:
+        # The first regularised step at or after a logged one: with `every` the two may never be the same.
+        if done == 1 or done % self.run.config.tracking.log_every < config.every:
             self.run.log("regulariser", strength * float(torch.stack(losses).sum()))
 
     def _penalty(self, name: str, layer: AdaptedLayer) -> tuple[Tensor, Tensor, Tensor]:

@@ -101,6 +101,13 @@ def test_the_first_task_has_no_regulariser_and_its_value_is_logged_later(text_co
     assert values[0][1] == 0.0 and any(v > 0 for _, v in values)  # B = 0 at the start
 
 
+def test_its_value_is_logged_also_where_it_acts_in_every_second_step_only(text_content):
+    text_content |= {"tracking": {"log_every": 2}, "train": {**text_content["train"], "steps": 8, "epochs": 1}}
+    result = api.run(resolve.validate({**text_content, "strategy": {"name": "reglora", "every": 2}}))
+    events = [json.loads(line) for line in (result.run_dir / "events.jsonl").read_text().splitlines()]
+    assert sum(e["event"] == "value" and e["name"] == "regulariser" for e in events) == 2 * 4
+
+
 # --- what the regulariser does --------------------------------------------------------------------------------------
 
 
