@@ -172,7 +172,7 @@ def expand(config: RunConfig, content: Mapping[str, Any], overrides: Sequence[st
 
     Args:
         config: the validated configuration.
-        content: the same as plain data.
+        content: the same as plain data; what an entry sets is put in the place of ``${...}`` that are still there.
         overrides: those of the command line, which ``content`` contains already.
 
     Raises:

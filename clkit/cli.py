@@ -199,9 +199,11 @@ def _load(arguments: Any) -> tuple[Any, list[Any]]:
     """The configuration, and the runs that it stands for."""
     from clkit import api, resolve
 
-    content = resolve.read(arguments.config, arguments.overrides)
+    # ${seed} stands for the seed of each run, which an entry of `compare` may set.
+    content = resolve.read(arguments.config, arguments.overrides, interpolate=False)
     changed = [o.partition("=")[0] for o in arguments.overrides]
-    config = resolve.validate(content, origin=arguments.config, overridden=changed)
+    plain = resolve.merge(content, (), origin=arguments.config)
+    config = resolve.validate(plain, origin=arguments.config, overridden=changed)
     return config, api.expand(config, content, arguments.overrides)
 
 

@@ -42,9 +42,9 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     return validate(read(path, overrides), origin=str(path), overridden=[o.partition("=")[0] for o in overrides])
 
 
-def read(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """The plain content of a configuration file with overrides applied and interpolations resolved."""
-    return merge(read_file(find(path)), overrides, origin=str(path))
+def read(path: str | Path, overrides: Sequence[str] = (), *, interpolate: bool = True) -> dict[str, Any]:
+    """The plain content of a configuration file with overrides applied; as a rule with interpolations resolved."""
+    return merge(read_file(find(path)), overrides, origin=str(path), interpolate=interpolate)
 
 
 def find(path: str | Path) -> Path:

@@ -57,6 +57,17 @@ def compare_file(content, tmp_path, entries):
     return str(file)
 
 
+def test_an_interpolation_stands_for_what_an_entry_of_compare_sets(text_content, tmp_path):
+    content = {**text_content, "seed": 1, "train": {**text_content["train"], "epochs": "${seed}"}}
+    file = compare_file(content, tmp_path, [["seed=2"], ["seed=3"], ["strategy=lwf"]])
+    assert main(["run", file, "--quiet"]) == 0
+    found = {
+        name: yaml.safe_load((tmp_path / "run" / name / "config.yaml").read_text())["train"]["epochs"]
+        for name in ("2", "3", "lwf")
+    }
+    assert found == {"2": 2, "3": 3, "lwf": 1}
+
+
 @pytest.mark.parametrize("entry", [[], ["strategy.replay.size="], ["name=."], ["name=.."]])
 def test_a_compare_entry_without_a_name_of_its_own_is_an_error(entry, text_content, tmp_path, capsys):
     assert main(["run", compare_file(text_content, tmp_path, [["strategy=replay"], entry])]) == 2
