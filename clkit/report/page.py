@@ -75,12 +75,13 @@ def render(
     told = _told(entries)
     names = _slugs(told)
     edited = [(e, e.drawings(f"edits-{i}" if len(edits) > 1 else "edits")) for i, e in enumerate(edits, start=1)]
+    runs = [_run(*about, len(entries) == 1) for about in zip(entries, names, told, strict=True)]
     page = (
         _environment()
         .get_template("page.html.j2")
         .render(
             title=title or _title(results, edits),
-            runs=[_run(*about, len(entries) == 1) for about in zip(entries, names, told, strict=True)],
+            runs=runs,
             comparison=_comparison(entries, names, told) if len(entries) > 1 else None,
             edited=edited,
             figure=figure,
@@ -92,7 +93,7 @@ def render(
             live=live,
         )
     )
-    return page, drawn
+    return page, drawn + [drawing for run in runs for drawing in run["for_files"]]
 
 
 def notebook(result: RunResult) -> str:
@@ -214,6 +215,7 @@ def _run(entry: comparison.Entry, name: str, told: str, alone: bool) -> dict[str
         "cards": [(k, result.metrics[k]) for k in _CARDS if result.metrics.get(k) is not None],
         # The heat map stands in the page as a table; as a figure it is drawn for the files.
         "drawings": [d for d in drawings if not d.name.endswith("-matrix")],
+        "for_files": [d for d in drawings if d.name.endswith("-matrix")],
         "history": history,
         "final_model": _final_model(result, history),
         "strategy": entry.config.get("strategy", {}).get("name", ""),

@@ -80,6 +80,7 @@ def test_everything_about_a_run_stands_in_its_page(runs, tmp_path):
         assert part in text, part
     svgs, pngs = sorted((tmp_path / "figures").glob("*.svg")), sorted((tmp_path / "figures").glob("*.png"))
     assert len(svgs) == len(pngs) >= 3
+    assert {svg.stem.rpartition("-")[2] for svg in svgs} >= {"matrix", "scores", "forgetting", "losses"}
     for svg in svgs:
         assert ET.parse(svg).getroot().tag.endswith("svg")
     assert all(png.read_bytes().startswith(b"\x89PNG") for png in pngs)
