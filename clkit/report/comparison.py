@@ -21,7 +21,10 @@ from clkit.report.history import History
 from clkit.result import RunResult
 
 # Options that do not make another setting: repetitions differ in them.
-_REPETITION = ("name", "output_dir", "seed", "tasks", "checkpoint", "tracking", "compare", "eval")
+_REPETITION = ("name", "output_dir", "seed", "checkpoint", "tracking", "compare")
+# Of `tasks`: in which order the same things are learned; the last two are Avalanche's.
+_ORDER = ("class_order", "order_seed", "fixed_class_order", "seed")
+_SCORING = ("max_new_tokens", "lm_eval", "lm_eval_limit")  # of `eval`: what changes a score
 PAIRED = ("average_accuracy", "forgetting")
 
 
@@ -36,7 +39,17 @@ class Entry:
     @property
     def pair(self) -> tuple[Any, ...]:
         """What two runs must share to be compared as a pair: the seed, and the tasks in their order."""
-        return self.config.get("seed"), *self.result.tasks
+        return self.config.get("seed"), *self.result.tasks, _text(self.config.get("tasks"))
+
+    @property
+    def setting(self) -> dict[str, Any]:
+        """The options that repetitions share: all but the seed and the order of tasks, and how a run is watched."""
+        found = {k: v for k, v in self.config.items() if k not in _REPETITION}
+        if isinstance(tasks := found.get("tasks"), dict):
+            found["tasks"] = _unordered(tasks)
+        if isinstance(scoring := found.get("eval"), dict):
+            found["eval"] = {k: v for k, v in scoring.items() if k in _SCORING}
+        return found
 
     @property
     def memory(self) -> float | None:
@@ -91,8 +104,7 @@ def grouped(entries: Sequence[Entry]) -> list[Group]:
     """Runs by setting, in the order in which they were given, under labels that say what differs."""
     found: dict[str, list[Entry]] = {}
     for entry in entries:
-        setting = {k: v for k, v in entry.config.items() if k not in _REPETITION}
-        key = json.dumps([setting or entry.result.name, sorted(entry.result.tasks)], sort_keys=True, default=str)
+        key = _text([entry.setting or entry.result.name, sorted(entry.result.tasks)])
         found.setdefault(key, []).append(entry)
     groups = [Group("", members) for members in found.values()]
     for group, label in zip(groups, _labels([g.entries[0] for g in groups]), strict=True):
@@ -100,10 +112,24 @@ def grouped(entries: Sequence[Entry]) -> list[Group]:
     return groups
 
 
+def _unordered(tasks: dict[str, Any]) -> dict[str, Any]:
+    """The options of a task source but for the order of tasks."""
+    found: dict[str, Any] = {}
+    for key, value in tasks.items():
+        if key not in _ORDER:
+            found[key] = sorted(value, key=str) if isinstance(value, list) else value
+            found[key] = _unordered(value) if isinstance(value, dict) else found[key]
+    return found
+
+
+def _text(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, default=str)
+
+
 def _labels(firsts: Sequence[Entry]) -> list[str]:
     """The strategy's name and the options that set it apart from what is most usual among its namesakes."""
     names = [str(e.config.get("strategy", {}).get("name", e.result.name)) for e in firsts]
-    options = [_flat({k: v for k, v in e.config.items() if k not in _REPETITION}) for e in firsts]
+    options = [_flat(e.setting) for e in firsts]
     labels = []
     for i, name in enumerate(names):
         same = [options[j] for j in range(len(names)) if names[j] == name]

@@ -233,6 +233,26 @@ def test_groups_are_settings_and_labels_say_what_differs(runs):
     assert [g.label for g in comparison.grouped([*entries, third])] == ["naive", "replay", "replay size=99"]
 
 
+def test_runs_on_other_data_or_scored_otherwise_are_another_setting_and_no_pair(runs):
+    from clkit.report.page import _entry
+
+    def entry(run, section, **options):
+        found = _entry(RunResult.load(run))
+        found.config[section] |= options
+        return found
+
+    first = [entry(runs[0], "tasks"), entry(runs[2], "tasks", order_seed=3)]
+    others = [entry(runs[0], "tasks", source="mnist-5k"), entry(runs[0], "tasks", train_limit=5)]
+    others += [entry(runs[0], "eval", max_new_tokens=1), entry(runs[2], "eval", every_steps=7)]
+    groups = comparison.grouped([*first, *others])
+    assert [(g.label, len(g.entries)) for g in groups] == [
+        ("naive", 3), ("naive source=mnist-5k", 1), ("naive train_limit=5", 1), ("naive max_new_tokens=1", 1)
+    ]  # fmt: skip
+    assert [label for label, _ in comparison.differences(groups, "forgetting")] == ["naive max_new_tokens=1"]
+    reordered = comparison.grouped([entry(runs[0], "tasks", order_seed=1), entry(runs[1], "tasks", order_seed=2)])
+    assert len(reordered) == 2 and not comparison.differences(reordered, "forgetting")
+
+
 def test_differences_pair_runs_of_one_seed(runs):
     from clkit.report.page import _entry
 
