@@ -16,7 +16,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from clkit import build
-from clkit.errors import BusyError, CapabilityError
+from clkit.errors import BusyError, CapabilityError, ConfigError
 from clkit.evaluation import SCORERS
 from clkit.metrics.continual import DEFINITIONS
 from clkit.progress import Progress
@@ -41,7 +41,7 @@ def search(sweep: Sweep, progress: Progress) -> dict[Run, str]:
     Raises:
         CapabilityError: Optuna is not installed.
         BusyError: another process searches in this directory.
-        ConfigError: a setting that was chosen is not valid.
+        ConfigError: a setting that was chosen is not valid, or the search in this directory was about something else.
     """
     try:
         import optuna
@@ -91,7 +91,7 @@ class _Search:
         samplers = optuna.samplers
         sampler = samplers.TPESampler(seed=seed) if options.sampler == "tpe" else samplers.RandomSampler(seed=seed)
         pruner = optuna.pruners.MedianPruner(n_startup_trials=options.warmup_trials)
-        return optuna.create_study(
+        study = optuna.create_study(
             storage=storage,
             study_name="sweep",
             sampler=sampler,
@@ -99,6 +99,17 @@ class _Search:
             direction=direction,
             load_if_exists=True,
         )
+        asked = question(self._sweep)
+        kept = study.user_attrs.get("question", asked)  # journals of before it was written down have none
+        if changed := [key for key in asked if kept.get(key) != asked[key]]:
+            journal = self._sweep.directory / _JOURNAL
+            raise ConfigError(
+                f"{self._sweep.origin}:sweep: the search in {self._sweep.directory} had other {' and '.join(changed)}; "
+                f"choose another output_dir, or delete {journal} to search anew (finished runs are not done again)"
+            )
+        if "question" not in study.user_attrs:
+            study.set_user_attr("question", asked)
+        return study
 
     def run(self) -> dict[Run, str]:
         """All trials that are left."""
@@ -211,6 +222,26 @@ class _Search:
             for step, value in fresh:
                 trial.report(-value if self._lower else value, step)  # the pruner looks in the study's direction
             return bool(fresh) and bool(trial.should_prune())
+
+
+def question(sweep: Sweep) -> dict[str, Any]:
+    """What the trials of a search answer, as JSON; the trials of one don't count in another.
+
+    A list's values are tried by their positions, so another list would give them another meaning.
+    """
+    axes = [
+        {
+            "keys": axis.keys,
+            "values": axis.values
+            if axis.span is None
+            else [axis.span, all(isinstance(v, int) for (v,) in axis.values)],
+            "when": axis.when,
+        }
+        for axis in sweep.axes
+    ]
+    found = {"axes": axes, "seeds": sweep.seeds, "best": sweep.options.best}
+    plain: dict[str, Any] = json.loads(json.dumps(found, default=str))
+    return plain
 
 
 def _check_direction(run: Run) -> None:

@@ -103,6 +103,38 @@ def test_a_setting_below_the_median_is_stopped_and_counted_as_pruned(
     assert json.loads((stopped / "status.json").read_text())["state"] == "interrupted"
 
 
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [
+        (["sweep.axes.train.learning_rate=[0.3,0.01]"], "axes"),
+        (["sweep.axes.train.epochs=[1,2]"], "axes"),
+        (["sweep.best=forgetting"], "best"),
+        (["sweep.axes.train.learning_rate=[0.1]", "sweep.seeds=2"], "axes and seeds"),
+    ],
+)
+def test_a_search_goes_on_with_the_same_question_only(
+    changes, what, write, sweep_content, tmp_path, capsys, monkeypatch
+):
+    from clkit.sweep import search
+
+    sweep_content["sweep"] |= {
+        "axes": {"train.learning_rate": [0.01, 0.1]},
+        "launcher": {"name": "local"},
+        "search": {"trials": 1},
+        "seeds": 1,
+    }
+    file = write(sweep_content)
+    monkeypatch.setattr(search._Search, "run", lambda self: {})
+    monkeypatch.setattr("clkit.sweep.command._summary", lambda directory: None)
+    assert main(["sweep", file]) == 0
+    assert main(["sweep", file, "sweep.search.trials=2", "sweep.search.sampler=random"]) == 0
+    assert main(["sweep", file, *changes]) == 2
+    err = capsys.readouterr().err
+    assert f"had other {what};" in err and "search.jsonl to search anew" in err
+    (tmp_path / "sweep" / "search.jsonl").unlink()
+    assert main(["sweep", file, *changes]) == 0
+
+
 def test_a_search_needs_local_processes(write, sweep_content, capsys):
     sweep_content["sweep"]["search"] = {"trials": 2}
     assert main(["sweep", write(sweep_content)]) == 2
