@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,7 @@ class Row:
         seeds: those whose runs are finished.
         values: per metric and cost, a value per seed; None = undefined.
         fronts: of "average accuracy against each of these" those that it is on.
+        lower: the metrics and costs of which less is better for its problem.
     """
 
     setting: str
@@ -51,6 +52,7 @@ class Row:
     seeds: tuple[int, ...]
     values: Mapping[str, tuple[float | None, ...]]
     fronts: tuple[str, ...] = ()
+    lower: frozenset[str] = frozenset()
 
     def estimate(self, metric: str) -> Estimate | None:
         """Over seeds; None where a seed has no value, because a mean over the others would be another one."""
@@ -77,6 +79,7 @@ class Summary:
         metric: the one that settings are chosen by.
         best: of each problem and strategy the best setting.
         missing: runs that are not finished.
+        lower_is_better: of these metrics and costs less is better, for every problem.
     """
 
     name: str
@@ -102,14 +105,15 @@ def summarise(directory: Path) -> Summary:
             f"{directory}: no sweep here ({MANIFEST} is missing or damaged). Give a sweep's output_dir."
         )
     found: dict[tuple[str, str, str], dict[int, dict[str, float | None]]] = {}
-    lower, missing, flat = set[str](), [], []
+    lower: dict[str, set[str]] = {}  # of perplexities less is better, of other scores more: each problem has its own
+    missing, flat = [], []
     for run in manifest["runs"]:
         where = RunDirectory(directory / run["directory"])
         if not where.finished:
             missing.append(f"{run['setting']} seed {run['seed']}")
             continue
         values, worse = measured(where)
-        lower |= worse
+        lower.setdefault(run["problem"], set()).update(worse)
         key = (run["problem"], run["setting"], run["strategy"])
         found.setdefault(key, {})[run["seed"]] = values
         flat.append({**{k: run[k] for k in ("setting", "strategy", "problem", "seed", "hash")}, **values})
@@ -119,11 +123,11 @@ def summarise(directory: Path) -> Summary:
     for (problem, setting, strategy), by_seed in found.items():
         metrics = dict.fromkeys(name for values in by_seed.values() for name in values)
         columns = {name: tuple(values.get(name) for values in by_seed.values()) for name in metrics}
-        rows.append(Row(setting, strategy, problem, tuple(by_seed), columns))
+        rows.append(Row(setting, strategy, problem, tuple(by_seed), columns, (), frozenset(lower[problem])))
     metric = str(manifest["best"])
-    direction = frozenset(lower)
-    rows = _with_fronts(rows, direction)
-    best = choose(rows, metric, metric in direction)
+    direction = frozenset.intersection(*(row.lower for row in rows))
+    rows = _with_fronts(rows)
+    best = choose(rows, metric)
     comparisons = tuple(compare(best, metric))
     shown = tuple(manifest["metrics"])
     name = str(manifest["name"])
@@ -143,17 +147,18 @@ def measured(directory: RunDirectory) -> tuple[dict[str, float | None], set[str]
     return values, lower | set(COSTS)
 
 
-def _with_fronts(rows: Sequence[Row], lower: frozenset[str]) -> list[Row]:
+def _with_fronts(rows: Sequence[Row]) -> list[Row]:
     """Each row with the fronts it is on, among the rows of its problem."""
     on: dict[int, list[str]] = {i: [] for i in range(len(rows))}
     for problem in {row.problem for row in rows}:
         places = [i for i, row in enumerate(rows) if row.problem == problem]
+        lower = rows[places[0]].lower
         for against in AGAINST:
             points = [[_mean(rows[i], name) for name in ("average_accuracy", against)] for i in places]
             better = ["average_accuracy" not in lower, against not in lower and against != "forgetting"]
             for i, good in zip(places, front(points, better), strict=True):
                 on[i] += [against] if good else []
-    return [Row(r.setting, r.strategy, r.problem, r.seeds, r.values, tuple(on[i])) for i, r in enumerate(rows)]
+    return [replace(row, fronts=tuple(on[i])) for i, row in enumerate(rows)]
 
 
 def _mean(row: Row, metric: str) -> float:
@@ -161,7 +166,7 @@ def _mean(row: Row, metric: str) -> float:
     return math.nan if found is None else found.mean
 
 
-def choose(rows: Sequence[Row], metric: str, lower: bool = False) -> tuple[Row, ...]:
+def choose(rows: Sequence[Row], metric: str) -> tuple[Row, ...]:
     """The best setting of each strategy for each problem, the best strategies first; without a value, none.
 
     Settings with fewer finished seeds than others of their strategy are left aside: their means are not comparable.
@@ -170,12 +175,15 @@ def choose(rows: Sequence[Row], metric: str, lower: bool = False) -> tuple[Row, 
     for row in rows:
         if row.estimate(metric) is not None:
             groups.setdefault((row.problem, row.strategy), []).append(row)
-    sign = 1 if lower else -1
+
+    def rank(row: Row) -> float:
+        return _mean(row, metric) * (1 if metric in row.lower else -1)
+
     found = []
     for group in groups.values():
         most = max(len(row.seeds) for row in group)
-        found.append(min((r for r in group if len(r.seeds) == most), key=lambda r: sign * _mean(r, metric)))
-    return tuple(sorted(found, key=lambda r: (r.problem, sign * _mean(r, metric))))
+        found.append(min((r for r in group if len(r.seeds) == most), key=rank))
+    return tuple(sorted(found, key=lambda r: (r.problem, rank(r))))
 
 
 def compare(best: Sequence[Row], metric: str) -> list[Comparison]:

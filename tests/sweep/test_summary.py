@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import shutil
 
 import pytest
 
@@ -102,6 +103,26 @@ def test_one_seed_is_compared_and_not_tested(folder):
     assert "One seed is too few for a test." in text and "p is at least" not in text
 
 
+def test_each_problem_has_its_own_direction(folder):
+    manifest = json.loads((folder / "sweep.json").read_text())
+    for run in list(manifest["runs"]):
+        copy = folder / "perplexity" / run["directory"]
+        shutil.copytree(folder / run["directory"], copy)
+        saved = json.loads((copy / "matrix.json").read_text())
+        saved |= {"task_metrics": ["perplexity"] * 2, "higher_is_better": [False] * 2}
+        (copy / "matrix.json").write_text(json.dumps(saved))
+        setting = f"metric=perplexity,{run['setting']}"
+        changed = {"setting": setting, "problem": "metric=perplexity", "directory": f"perplexity/{run['directory']}"}
+        manifest["runs"].append(run | changed)
+    (folder / "sweep.json").write_text(json.dumps(manifest))
+    chosen = [r.setting for r in summarise(folder).best]
+    assert chosen == ["replay,size=8", "naive", "metric=perplexity,naive", "metric=perplexity,replay,size=2"]
+    fronts = {row.setting: row.fronts for row in summarise(folder).rows}
+    assert fronts["replay,size=8"] == ("forgetting", "peak_mib", "cpu_seconds")
+    assert fronts["metric=perplexity,naive"] == ("forgetting", "peak_mib", "cpu_seconds")
+    assert "average_accuracy" not in summarise(folder).lower_is_better
+
+
 def test_without_a_finished_run_there_is_no_table(folder):
     for status in folder.rglob("status.json"):
         status.write_text("{}")
@@ -111,10 +132,13 @@ def test_without_a_finished_run_there_is_no_table(folder):
 
 def test_where_less_is_better_the_lowest_is_chosen_and_problems_stay_apart():
     rows = [
-        Row(f"{strategy}-{problem}-{value}", strategy, problem, (0,), {"average_accuracy": (value,)})
+        Row(
+            f"{strategy}-{problem}-{value}", strategy, problem, (0,), {"average_accuracy": (value,)},
+            lower=frozenset({"average_accuracy"}),
+        )
         for strategy in ("a", "b") for problem in ("x", "y") for value in (3.0, 2.0)
     ]  # fmt: skip
-    assert [r.setting for r in choose(rows, "average_accuracy", lower=True)] == [
+    assert [r.setting for r in choose(rows, "average_accuracy")] == [
         "a-x-2.0",
         "b-x-2.0",
         "a-y-2.0",
