@@ -49,7 +49,8 @@ class History:
         """Read the events so far; a last line that is still being written is left out."""
         found, before = cls(), None
         file = run_dir / "events.jsonl"
-        for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else []:
+        # Not splitlines(): U+2028 and the like stand as they are in the prompts of edits and the names of tasks.
+        for line in file.read_bytes().split(b"\n") if file.is_file() else []:
             try:
                 event = json.loads(line)
             except ValueError:

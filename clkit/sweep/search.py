@@ -279,7 +279,7 @@ class _Watcher:
     def read(self) -> list[tuple[int, float]]:
         """(stage, mean over the tasks seen so far) of the stages that are complete and were not read before."""
         try:
-            lines = self._file.read_text(encoding="utf-8").splitlines()
+            lines = self._file.read_text(encoding="utf-8").split("\n")  # U+2028 in a task's name ends no line
         except FileNotFoundError:
             return []
         found = []

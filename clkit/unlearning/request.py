@@ -82,7 +82,7 @@ def read_requests(path: Path) -> list[DeletionRequest]:
 
 def _objects(path: Path, text: str, problems: list[Problem]) -> list[tuple[str, Any]]:
     if path.suffix == ".jsonl":
-        lines = [(f"{path}:{n}", line) for n, line in enumerate(text.splitlines(), 1) if line.strip()]
+        lines = [(f"{path}:{n}", line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
     else:
         lines = [(f"{path}", text)]
     found: list[tuple[str, Any]] = []

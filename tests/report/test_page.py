@@ -352,6 +352,13 @@ def test_a_pause_between_two_processes_is_not_time_spent(tmp_path):
     assert (history.training, history.scoring) == (15, 2)
 
 
+def test_a_line_separator_in_a_prompt_ends_no_event_and_a_half_written_letter_hides_no_other(tmp_path):
+    edit = {"event": "edit", "total_steps": 1, "time": 1, "request": {"prompt": "one\u2028two\x85three"}}
+    whole = json.dumps(edit, ensure_ascii=False).encode() + b"\n"
+    (tmp_path / "events.jsonl").write_bytes(whole + whole + whole[: whole.index(b"\x80\xa8")])
+    assert [e["request"]["prompt"] for e in History.read(tmp_path).edits] == ["one\u2028two\x85three"] * 2
+
+
 def test_edits_are_shown_from_their_directory(tmp_path):
     entries = [
         {"number": i, "kind": "edit", "id": str(i), "request": {"prompt": f"<b>{i}", "target_new": "x"},
