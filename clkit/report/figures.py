@@ -13,6 +13,7 @@ from typing import Any
 INK, MUTED, GRID, PAPER = "#1a1f24", "#57606a", "#d8dee4", "#ffffff"
 SERIES = ("#0b62b3", "#c2410c", "#15803d", "#8b2fd6", "#a16207", "#0e7490", "#be185d", "#4d5f73")
 _DASHES = ("-", "--", ":")
+_LEGEND = 70  # letters in a line of a legend
 # The page's style sheet gives each of these variables a value for light and one for dark mode.
 _VARIABLES = {INK: "--ink", MUTED: "--muted", GRID: "--grid", PAPER: "--paper"} | {
     colour: f"--s{i}" for i, colour in enumerate(SERIES, start=1)
@@ -153,14 +154,19 @@ def styles(count: int) -> list[dict[str, str]]:
 
 
 def legend_below(axes: Any, count: int, most: int = 4) -> None:
-    """A legend that takes no room from what is drawn, read line by line; at most ``most`` names in a line."""
+    """A legend that takes no room from what is drawn, read line by line; at most ``most`` names in a line.
+
+    Long names are shortened, and fewer of them stand in a line.
+    """
     if count > 1:
         handles, labels = axes.get_legend_handles_labels()
+        names = shortened(labels, 22 if len(labels) <= 8 else 11)
+        most = max(1, min(most, _LEGEND // (max(map(len, names), default=0) + 6)))
         columns = min(most, -(-count // -(-count // most)))
         # Matplotlib fills column after column.
         order = [k for column in range(columns) for k in range(column, len(handles), columns)]
         axes.legend(
-            [handles[k] for k in order], [labels[k] for k in order],
+            [handles[k] for k in order], [names[k] for k in order],
             loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=columns, handlelength=1.6,
         )  # fmt: skip
 

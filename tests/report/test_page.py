@@ -15,6 +15,7 @@ import pytest
 
 from clkit.cli import main
 from clkit.report import comparison, load, write_report
+from clkit.report.figures import Drawing, legend_below
 from clkit.report.history import History, result_so_far
 from clkit.report.plots import shades, thinned
 from clkit.report.sections import Edits
@@ -350,6 +351,21 @@ def test_a_pause_between_two_processes_is_not_time_spent(tmp_path):
     (tmp_path / "events.jsonl").write_text("\n".join(map(json.dumps, rows)))
     history = History.read(tmp_path)
     assert (history.training, history.scoring) == (15, 2)
+
+
+@pytest.mark.parametrize(("count", "length"), [(5, 6), (5, 34), (8, 60), (40, 40)])
+@pytest.mark.filterwarnings("error")
+def test_a_legend_of_long_names_leaves_room_for_the_lines_and_tells_them_apart(count, length):
+    def draw(axes):
+        for name in names:
+            axes.plot([0, 1], [0, 1], label=name)
+        legend_below(axes, count)
+
+    names = [f"task{i:02d}_".ljust(length, "x") for i in range(count)]
+    drawing = Drawing("scores", "Scores", "", draw)
+    drawing.svg("f1")  # warns where nothing is left for the axes
+    texts = [text.get_text() for text in drawing.figure().axes[0].get_legend().get_texts()]
+    assert len(set(texts)) == len(texts) == count
 
 
 def test_a_line_separator_in_a_prompt_ends_no_event_and_a_half_written_letter_hides_no_other(tmp_path):

@@ -72,9 +72,9 @@ def test_a_file_is_one_batch_with_ids_used_once_and_one_dry_run(write, tmp_path)
     (tmp_path / "empty.jsonl").write_text("\n")
     with pytest.raises(RequestError, match="holds no request"):
         read_requests(tmp_path / "empty.jsonl")
-    separated = json.dumps(GOOD | {"requester": "one\u2028two"}, ensure_ascii=False)
+    separated = json.dumps(GOOD | {"legal_basis": "one\u2028two"}, ensure_ascii=False)
     (tmp_path / "separated.jsonl").write_text(separated + "\n")
-    assert read_requests(tmp_path / "separated.jsonl")[0].requester == "one\u2028two"
+    assert read_requests(tmp_path / "separated.jsonl")[0].legal_basis == "one\u2028two"
     (tmp_path / "bad.jsonl").write_text('{"a": \n[]\n')
     with pytest.raises(RequestError, match=r"bad\.jsonl:1: is not JSON(.|\n)*bad\.jsonl:2: is not an object"):
         read_requests(tmp_path / "bad.jsonl")
