@@ -141,9 +141,25 @@ def _apply(content: dict[str, Any], changes: Sequence[str]) -> dict[str, Any]:
 
 
 def _undoes(axis: Axis, key: str) -> bool:
-    """Whether an axis sets a key again: the same one, or the whole section that it is in."""
+    """Whether an axis sets a key again: the same one, the whole section that it is in, or by a mapping with it."""
     section = key.partition(".")[0]
-    return key in axis.keys or (section in axis.keys and section in ("model", "tasks", "strategy", "engine"))
+    if key in axis.keys or (section in axis.keys and section in ("model", "tasks", "strategy", "engine")):
+        return True
+    parts = [
+        (i, key.removeprefix(f"{own}.").split(".")) for i, own in enumerate(axis.keys) if key.startswith(f"{own}.")
+    ]
+    return any(_within(row[i], path) for i, path in parts for row in axis.values)
+
+
+def _within(value: Any, path: Sequence[str]) -> bool:
+    """Whether plain data set what stands at a path, or something above it."""
+    for part in path:
+        if not isinstance(value, Mapping):
+            return True
+        if part not in value:
+            return False
+        value = value[part]
+    return True
 
 
 def _undone(override: str, axis: Axis) -> Problem:

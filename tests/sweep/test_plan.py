@@ -80,6 +80,9 @@ def test_overrides_change_axes_and_the_rest_but_not_what_is_swept(write, sweep_c
     assert "takes the place of `seed`" in error(write, sweep_content, "seed=3")
     for override in ("strategy=joint", "strategy.replay.size=3"):
         assert "sets what the override" in error(write, sweep_content, override)
+    sweep_content["sweep"]["axes"] = {"train": {"values": {"short": {"epochs": 1}, "long": {"epochs": 3}}}}
+    assert "sets what the override" in error(write, sweep_content, "train.epochs=7")
+    assert {run.config.train.clip for run in load(write(sweep_content), ["train.clip=3"]).runs} == {3}
 
 
 def test_another_launcher_keeps_the_options_of_the_file(write, sweep_content):
