@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 # What is shown of a further matrix beside its numbers.
 SHOWN = ("average_accuracy", "bwt", "forgetting")
+_LONG = 1e7
 
 
 @dataclass
@@ -155,7 +156,8 @@ class RunResult:
         """A matrix (the main one by default) as a table: a row per trained task, a column per scored task."""
         scores = scores or self.scores
         names = [*self.tasks, *self.holdout]
-        width = max(8, *(len(n) + 2 for n in names))
+        cells = [_number(v) for row in (scores.initial, *scores.matrix) for v in row.tolist()]
+        width = max(8, *(len(text) + 2 for text in (*names, *cells)))
         first = max(len("before training"), *(len(t) + 6 for t in self.tasks))
         rows = [" " * first + "".join(f"{n:>{width}}" for n in names)]
         entries = [
@@ -180,7 +182,9 @@ def compare_text(results: list[RunResult]) -> str:
     """One row per metric, one column per run."""
     rows = compared(results)
     width = max((len(key) for key, _, _ in rows), default=0)
-    columns = [max(len(r.name), 7) + 2 for r in results]
+    columns = [
+        max(7, len(r.name), *(len(_number(values[i])) for _, values, _ in rows)) + 2 for i, r in enumerate(results)
+    ]
     lines = [" " * width + "".join(f"{r.name:>{w}}" for r, w in zip(results, columns, strict=True))]
     for key, values, direction in rows:
         numbers = "".join(f"{_number(v):>{w}}" for v, w in zip(values, columns, strict=True))
@@ -273,7 +277,16 @@ def _damaged(file: Path, what: str) -> CheckpointError:
 
 
 def _number(value: float | None) -> str:
-    return "-" if value is None or math.isnan(value) else f"{value:.4f}"
+    return "-" if value is None or math.isnan(value) else readable(value)
+
+
+def readable(value: float) -> str:
+    """Four digits after the point, and no more digits than one can read of a perplexity that is lost.
+
+    >>> readable(0.25), readable(-1.5e150)
+    ('0.2500', '-1.5e+150')
+    """
+    return f"{value:.4f}" if abs(value) < _LONG else f"{value:.4g}"
 
 
 def _nan(value: Any) -> Any:

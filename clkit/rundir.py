@@ -229,12 +229,12 @@ class RunDirectory:
 
     def write(self, name: str, value: Any) -> None:
         """Write a JSON file atomically; NaN becomes null."""
-        write_json(self.path / name, _finite(value))
+        write_json(self.path / name, finite(value))
 
     def write_rows(self, name: str, rows: Sequence[Any]) -> None:
         """Write a JSON-lines file atomically; no file without rows."""
         if rows:
-            lines = (json.dumps(_finite(row), ensure_ascii=False) for row in rows)
+            lines = (json.dumps(finite(row), ensure_ascii=False) for row in rows)
             write_text(self.path / name, "".join(f"{line}\n" for line in lines))
 
     def status(self, state: str, **detail: Any) -> None:
@@ -291,7 +291,7 @@ class RunDirectory:
     def event(self, kind: str, **fields: Any) -> None:
         """Append one JSON object."""
         if self._events is not None:
-            line = json.dumps(_finite({"event": kind, **fields}), ensure_ascii=False)
+            line = json.dumps(finite({"event": kind, **fields}), ensure_ascii=False)
             with disk_errors(self.path / "events.jsonl"):
                 self._events.write(line.encode() + b"\n")
                 self._events.flush()
@@ -379,9 +379,10 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """Plain data as they are written: what is NaN or infinite becomes None."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
-    return [_finite(v) for v in value] if isinstance(value, (list, tuple)) else value
+        return {k: finite(v) for k, v in value.items()}
+    return [finite(v) for v in value] if isinstance(value, (list, tuple)) else value

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,8 +21,8 @@ from clkit.report.figures import Drawing
 from clkit.report.history import History, result_so_far
 from clkit.report.sections import Edits
 from clkit.resolve import read_file
-from clkit.result import SHOWN, RunResult, compared
-from clkit.rundir import RunDirectory
+from clkit.result import SHOWN, RunResult, compared, readable
+from clkit.rundir import RunDirectory, finite
 from clkit.scores import Scores
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ def render(
         drawn.append(drawing)
         return Markup(drawing.svg(f"f{len(drawn)}"))
 
-    entries = [_entry(result) for result in results]
+    entries = [_entry(_as_saved(result)) for result in results]
     told = _told(entries)
     names = _slugs(told)
     edited = [(e, e.drawings(f"edits-{i}" if len(edits) > 1 else "edits")) for i, e in enumerate(edits, start=1)]
@@ -98,6 +99,7 @@ def render(
 
 def notebook(result: RunResult) -> str:
     """Heat map and metrics of a run as an HTML fragment, with its own style, for a notebook's cell."""
+    result = _as_saved(result)
     rows = _table(result, result.scores)
     template = _environment().get_template("notebook.html.j2")
     return template.render(
@@ -138,6 +140,16 @@ def _slugs(names: Sequence[str]) -> list[str]:
     """Names for anchors and files, all different."""
     plain = [re.sub(r"[^A-Za-z0-9_-]+", "-", name).strip("-").lower() or "run" for name in names]
     return [s if plain.count(s) == 1 else f"{s}-{i}" for i, s in enumerate(plain, start=1)]
+
+
+def _as_saved(result: RunResult) -> RunResult:
+    """The result as its files tell it: an infinite score (the perplexity of a model that diverged) is none."""
+    numbers, initial = (np.where(np.isfinite(x), x, np.nan) for x in (result.matrix, result.initial))
+    further = {
+        name: replace(scores, matrix=np.where(np.isfinite(scores.matrix), scores.matrix, np.nan))
+        for name, scores in result.further.items()
+    }
+    return replace(result, matrix=numbers, initial=initial, metrics=finite(result.metrics), further=further)
 
 
 def _entry(result: RunResult) -> comparison.Entry:
@@ -324,7 +336,7 @@ def _breakable(name: str) -> Markup:
 
 
 def _number(value: float | None) -> str:
-    return "–" if value is None or value != value else f"{value:.4f}"
+    return "–" if value is None or value != value else readable(value)
 
 
 def _bytes(value: float | None) -> str:

@@ -140,12 +140,12 @@ def shades(rows: Any, higher_is_better: list[bool]) -> Any:
     shown = np.array(rows, dtype=float)
     for j, higher in enumerate(higher_is_better):
         column = shown[:, j]
-        seen = column[~np.isnan(column)]
+        seen = column[np.isfinite(column)]
         if not len(seen) or (higher and seen.min() >= 0 and seen.max() <= 1):
             continue
         low, high = float(seen.min()), float(seen.max())
         share = (column - low) / (high - low) if high > low else np.where(np.isnan(column), np.nan, 1.0)
-        shown[:, j] = share if higher else 1 - share
+        shown[:, j] = np.clip(share if higher else 1 - share, 0, 1)  # what is infinite is off the scale
     return shown
 
 
@@ -178,7 +178,9 @@ def forgetting(axes: Any, result: RunResult) -> None:
     names = shortened([result.tasks[row["task"]] for row in rows])
     values = [row["forgetting"] for row in rows]
     bars = axes.barh(names, values, color=[SERIES[1] if v > 0 else SERIES[2] for v in values], height=0.6)
-    axes.bar_label(bars, [f"{v:.3f}" for v in values], padding=3, fontsize=8, color=INK)
+    axes.bar_label(
+        bars, [f"{v:.3f}" if abs(v) < 1000 else f"{v:.3g}" for v in values], padding=3, fontsize=8, color=INK
+    )
     axes.axvline(0, color=MUTED, linewidth=0.8)
     middle, half = (len(values) - 1) / 2, max(len(values), 3) / 2  # one bar alone would fill the figure
     axes.set_ylim(middle + half, middle - half)

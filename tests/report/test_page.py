@@ -19,7 +19,7 @@ from clkit.report.figures import Drawing, legend_below
 from clkit.report.history import History, result_so_far
 from clkit.report.plots import shades, thinned
 from clkit.report.sections import Edits
-from clkit.result import RunResult, compared
+from clkit.result import RunResult, compare_text, compared
 
 
 class Page(HTMLParser):
@@ -351,6 +351,24 @@ def test_a_pause_between_two_processes_is_not_time_spent(tmp_path):
     (tmp_path / "events.jsonl").write_text("\n".join(map(json.dumps, rows)))
     history = History.read(tmp_path)
     assert (history.training, history.scoring) == (15, 2)
+
+
+def test_runs_that_diverged_to_an_infinite_perplexity_have_a_page(runs, tmp_path):
+    results = [RunResult.load(r) for r in runs[:2]]
+    for result in results:
+        result.task_metrics, result.higher_is_better = ["perplexity"] * 3, [False] * 3
+        result.matrix[1:, 0], result.matrix[0, 0], result.matrix[1, 1] = np.inf, 7.0, 4e160
+        result.metrics = result.scores.metrics()
+    assert results[0].metrics["average_accuracy"] == np.inf and "4e+160" in results[0].summary()
+    rows = [line.removeprefix("after task-1").split() for line in results[0].matrix_text().splitlines()[-3:]]
+    assert [len(row) for row in rows] == [3, 5, 5]  # numbers stand apart
+    assert {len(line.split()) for line in compare_text(results).splitlines()[1:]} == {6}
+    assert shades(results[0].matrix, [False] * 3)[:, 0].tolist()[1:] == [0, 0]
+    for shown in (results, results[:1]):
+        write_report(shown, tmp_path / "r.html", figures=tmp_path / "figures")
+        text = (tmp_path / "r.html").read_text()
+        assert "4e+160" in text and "inf<" not in text
+    assert "4e+160" in results[0]._repr_html_()
 
 
 @pytest.mark.parametrize(("count", "length"), [(5, 6), (5, 34), (8, 60), (40, 40)])
