@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import re
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -239,12 +240,18 @@ def _run(entry: comparison.Entry, name: str, told: str, alone: bool) -> dict[str
         "facts": (directory.read("run.json") or {}) if directory else {},
         "config": config.read_text(encoding="utf-8") if config is not None and config.exists() else "",
         "where": str(result.run_dir) if result.run_dir else "",
+        "again": _again(result.run_dir) if result.run_dir else "",
         "snippet": result.snippet,
         "edits": edits,
         "edited": edits.means if edits is not None else {},
         "deletions": deletions(directory.path) if directory is not None else [],
         "alone": alone,
     }
+
+
+def _again(run_dir: Path) -> str:
+    """The command that repeats a run, as a shell takes it."""
+    return shlex.join(["clkit", "run", f"{run_dir}/config.yaml", f"output_dir={run_dir}-again"])
 
 
 def _tasks_told(tasks: Sequence[str], holds: Sequence[dict[str, Any]] | None) -> str:

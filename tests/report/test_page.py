@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import html
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -351,6 +353,16 @@ def test_a_pause_between_two_processes_is_not_time_spent(tmp_path):
     (tmp_path / "events.jsonl").write_text("\n".join(map(json.dumps, rows)))
     history = History.read(tmp_path)
     assert (history.training, history.scoring) == (15, 2)
+
+
+def test_how_to_repeat_a_run_is_a_command_that_a_shell_takes(runs, tmp_path):
+    folder = tmp_path / "two words & 'more'"
+    shutil.copytree(runs[0], folder)
+    write_report([RunResult.load(folder)], tmp_path / "r.html")
+    told = re.search(r'aria-label="How to repeat the run">(.*?)</pre>', (tmp_path / "r.html").read_text())
+    command = shlex.split(html.unescape(told[1]))
+    assert command == ["clkit", "run", str(folder / "config.yaml"), f"output_dir={folder}-again"]
+    assert main(["validate", *command[2:]]) == 0
 
 
 def test_runs_that_diverged_to_an_infinite_perplexity_have_a_page(runs, tmp_path):
