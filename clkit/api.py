@@ -245,7 +245,7 @@ def open_run(
     config = resolve.load(path / "config.yaml")
     config = dataclasses.replace(config, output_dir=str(path))
     # Its data as they were: what was forgotten after it began is still in what it learned.
-    tasks = in_force(path, upto=facts.get("tombstones", 0)).apply(build.make_tasks(config, tasks))
+    tasks = in_force(path, facts).apply(build.make_tasks(config, tasks))
     engine = build.make_engine(config.engine)
     with directory.locked():
         directory.begin(resolve.to_dict(config), collect(tasks))

@@ -296,13 +296,14 @@ def check(runs: Sequence[Run], origin: str) -> dict[Run, str]:
     for group in groups.values():
         try:
             given = build.make_tasks(group[0].config)
-            prints: dict[int, dict[str, Any]] = {}
+            prints: dict[str, dict[str, Any]] = {}
             for run in group:
                 tombstones = in_force(run.directory)
                 tasks = tombstones.apply(given)
-                if tombstones.serial not in prints:
-                    prints[tombstones.serial] = fingerprints(tasks)
-                data = prints[tombstones.serial]
+                forgotten = f"{tombstones.facts()}"
+                if forgotten not in prints:
+                    prints[forgotten] = fingerprints(tasks)
+                data = prints[forgotten]
                 plain = resolve.to_dict(build.located(run.config))
                 try:
                     if changed := RunDirectory(run.directory).differences(plain, data):

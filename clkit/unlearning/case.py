@@ -68,7 +68,7 @@ def open_source(run_dir: Path) -> Source:
     if facts.get("strategy_from") == "python":
         raise RequestError(f"{run_dir}: began with the weights of another run; give the run that began without any")
     config = resolve.load(run_dir / "config.yaml")
-    tasks = in_force(run_dir, upto=facts.get("tombstones", 0)).apply(build.make_tasks(config))
+    tasks = in_force(run_dir, facts).apply(build.make_tasks(config))
     now = collect(tasks)
     if now["data"] != facts.get("data"):
         files = [name for name, sha256 in now["files"].items() if facts.get("files", {}).get(name) != sha256]

@@ -44,13 +44,16 @@ def find_folder(run_dir: Path | None) -> Path | None:
 
     It is ``$CLKIT_LEDGER``, or ``unlearning/`` in the nearest folder above the run that has one.
     """
+    return next(iter(find_folders(run_dir)), None)
+
+
+def find_folders(run_dir: Path | None) -> list[Path]:
+    """The folders of all ledgers whose tombstones hold for a run directory; requests are written into the first."""
     chosen = os.environ.get(ENVIRONMENT)
-    if chosen:
-        return Path(chosen).expanduser().absolute()
-    for parent in run_dir.absolute().parents if run_dir is not None else ():
-        if (parent / FOLDER / FILE).is_file():
-            return parent / FOLDER
-    return None
+    found = [Path(chosen).expanduser().absolute()] if chosen else []
+    above = run_dir.absolute().parents if run_dir is not None else ()
+    found += [parent / FOLDER for parent in above if (parent / FOLDER / FILE).is_file()]
+    return list(dict.fromkeys(found))
 
 
 class Ledger:

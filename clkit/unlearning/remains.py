@@ -16,6 +16,7 @@ from clkit.rundir import RunDirectory
 from clkit.unlearning.case import Source
 from clkit.unlearning.ledger import Ledger
 from clkit.unlearning.records import Place
+from clkit.unlearning.tombstones import Tombstones, known_to
 
 _OF_RUN = ("checkpoints", "export", "samples.json", "report.html", "report_figures")  # weights, and what quotes records
 
@@ -46,6 +47,7 @@ def find(source: Source, gone: Collection[Place], new_run: Path, ledger: Ledger)
     """
     own = [source.path / name for name in _OF_RUN if (source.path / name).exists()]
     serial = max((serial for serial, _, _ in ledger.tombstones()), default=0)
+    name = Tombstones(ledger.key).name
     top = ledger.folder.parent
     others = []
     for file in sorted({*top.glob("*/run.json"), *top.glob("*/*/run.json")}):
@@ -55,7 +57,7 @@ def find(source: Source, gone: Collection[Place], new_run: Path, ledger: Ledger)
             facts = RunDirectory(file.parent).read("run.json")
         except CheckpointError:
             facts = None  # damaged: it may have learned anything
-        if not isinstance(facts, dict) or facts.get("tombstones", 0) < serial:
+        if not isinstance(facts, dict) or known_to(facts, name, nearest=True) < serial:
             others.append(file.parent)
     return Remains(own, _cached(source, gone, new_run), others)
 

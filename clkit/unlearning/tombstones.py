@@ -2,26 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from clkit.tasks.base import TaskSequence
-from clkit.unlearning.ledger import FILE, Ledger, find_folder
+from clkit.unlearning.ledger import FILE, Ledger, find_folders
 from clkit.unlearning.manifest import keyed
 from clkit.unlearning.records import Place, Record, records, without
 
 
 class Tombstones:
-    """The forgotten records of one ledger, as of some serial.
+    """The forgotten records of one ledger, as of some serial, and of the further ledgers that hold beside it.
 
     A record is forgotten if its id **or** its content is, so that neither a new id nor a corrected text brings it back.
     """
 
-    def __init__(self, key: bytes = b"", rows: list[tuple[int, str, str]] | None = None) -> None:
+    def __init__(
+        self, key: bytes = b"", rows: list[tuple[int, str, str]] | None = None, further: Sequence[Tombstones] = ()
+    ) -> None:
         self._key = key
         self._ids = {record_id for _, record_id, _ in rows or []}
         self._contents = {content for _, _, content in rows or []}
+        self._further = further
         self.serial = max((serial for serial, _, _ in rows or []), default=0)
+
+    @property
+    def name(self) -> str:
+        """Of the ledger: a hash of its key."""
+        return keyed(self._key, "ledger")[:16]
 
     def hashes(self, record: Record) -> tuple[str, str]:
         """What the ledger keeps of a record."""
@@ -30,11 +39,11 @@ class Tombstones:
     def covers(self, record: Record) -> bool:
         """Whether the record is forgotten."""
         record_id, content = self.hashes(record)
-        return record_id in self._ids or content in self._contents
+        return record_id in self._ids or content in self._contents or any(t.covers(record) for t in self._further)
 
     def places(self, tasks: TaskSequence) -> set[Place]:
         """Where forgotten records stand in a sequence."""
-        return {r.place for r in records(tasks) if self.covers(r)} if self._ids else set()
+        return {r.place for r in records(tasks) if self.covers(r)} if self.facts() else set()
 
     def apply(self, tasks: TaskSequence) -> TaskSequence:
         """The sequence without the forgotten records.
@@ -46,20 +55,42 @@ class Tombstones:
 
     def facts(self) -> dict[str, Any]:
         """For run.json: what :func:`in_force` needs to see the run's data as it did."""
-        return {"tombstones": self.serial} if self.serial else {}
+        found = {t.name: t.serial for t in (self, *self._further) if t.serial}
+        return {"tombstones": found} if found else {}
 
 
-def in_force(run_dir: Path | str | None, upto: int | None = None) -> Tombstones:
-    """The tombstones that hold for a run directory, all or up to a serial; none where no request was ever served.
+def known_to(facts: Mapping[str, Any], ledger: str, nearest: bool) -> int:
+    """Up to which serial of a ledger a run began with, by its ``run.json``; a number is of the nearest one."""
+    known: Any = facts.get("tombstones", {})
+    if isinstance(known, Mapping):
+        return int(known.get(ledger, 0))
+    return int(known) if nearest else 0
+
+
+def in_force(run_dir: Path | str | None, began: Mapping[str, Any] | None = None) -> Tombstones:
+    """The tombstones that hold for a run directory; none where no request was ever served.
+
+    They are those of every ledger above it, and of ``$CLKIT_LEDGER``.
+
+    Args:
+        run_dir: the run directory; None for a run without one.
+        began: the run's ``run.json``: only those that it began with. None = all.
 
     Raises:
         CheckpointError: there is a ledger, and it can't be read.
     """
-    folder = find_folder(None if run_dir is None else Path(run_dir))
-    if folder is None or not (folder / FILE).is_file() or upto == 0:
-        return Tombstones()
-    ledger = Ledger(folder)
-    try:
-        return Tombstones(ledger.key, ledger.tombstones(upto))
-    finally:
-        ledger.close()
+    found: list[Tombstones] = []
+    for folder in find_folders(None if run_dir is None else Path(run_dir)):
+        if not (folder / FILE).is_file():
+            continue
+        ledger = Ledger(folder)
+        try:
+            upto = None if began is None else known_to(began, Tombstones(ledger.key).name, nearest=not found)
+            found.append(Tombstones(ledger.key, ledger.tombstones(upto)))
+        finally:
+            ledger.close()
+    return _together(found)
+
+
+def _together(found: Sequence[Tombstones]) -> Tombstones:
+    return Tombstones(further=found) if len(found) > 1 else found[0] if found else Tombstones()

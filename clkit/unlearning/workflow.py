@@ -201,7 +201,7 @@ class _Job:
     def left_behind(self) -> Remains:
         """What of the old run, or made before the records were forgotten, is still on disk."""
         known = self.source.known
-        stones = Tombstones(self.ledger.key, self.ledger.tombstones())
+        stones = in_force(self.source.path)
         gone = {record.place for record in known if stones.covers(record)}
         return remains.find(self.source, gone, Path(self.detail["run"]), self.ledger)
 
@@ -234,7 +234,7 @@ class _Job:
                     raise RequestError("with their near-duplicates the requests select every training record")
         hashes = Tombstones(self.ledger.key)
         stones = [hashes.hashes(r) for r in self.source.known if r.place in out]
-        gone = out | Tombstones(self.ledger.key, self.ledger.tombstones()).places(self.source.tasks)
+        gone = out | in_force(self.source.path).places(self.source.tasks)
         case = Case(self.source, frozenset(gone), without(self.source.tasks, gone))
         if problems := self.method.check(case):  # before anything is written
             raise RequestError.collect(f"--method {self.method.name} can't serve this request:", problems)
@@ -245,8 +245,7 @@ class _Job:
 
     def _partition(self) -> tuple[Case, Manifest]:
         """What goes and what stays, and the proof; earlier requests' records are out too."""
-        stones = Tombstones(self.ledger.key, self.ledger.tombstones())
-        gone = stones.places(self.source.tasks)
+        gone = in_force(self.source.path).places(self.source.tasks)
         retained = without(self.source.tasks, gone)
         left = list(records(retained))
         kept_names = {t.name for t in (*retained, *retained.holdout)}

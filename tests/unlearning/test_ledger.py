@@ -103,10 +103,33 @@ def test_a_tombstone_holds_for_the_id_and_for_the_content_and_up_to_its_serial(l
     ledger.advance("job", "validated")
     ledger.advance("job", "selected", [hashes.hashes(first), hashes.hashes(second)])
     stones = in_force(tmp_path / "run")
-    assert stones.places(tasks) == {first.place, second.place} and stones.facts() == {"tombstones": 2}
+    assert stones.places(tasks) == {first.place, second.place} and stones.facts() == {"tombstones": {stones.name: 2}}
     assert stones.covers(third._replace(id=first.id)), "a corrected text under the same id"
     assert stones.covers(first._replace(id="new")), "the same text under a new id"
     assert not stones.covers(third)
-    assert in_force(tmp_path / "run", upto=1).places(tasks) == {first.place}
-    assert in_force(tmp_path / "run", upto=0).apply(tasks) is tasks and Tombstones().facts() == {}
+    for began in ({"tombstones": {stones.name: 1}}, {"tombstones": 1}):
+        assert in_force(tmp_path / "run", began).places(tasks) == {first.place}
+    assert in_force(tmp_path / "run", {}).apply(tasks) is tasks and Tombstones().facts() == {}
     assert first.id.encode() not in (tmp_path / "unlearning" / FILE).read_bytes()
+
+
+def test_every_ledger_above_a_run_holds_and_the_one_that_is_named(tmp_path, monkeypatch):
+    """A ledger of a sweep's own, made before the one further up, must not hide what that one says."""
+    tasks = build_tasks("digits", {"train_limit": 3, "eval_limit": 1})
+    chosen = list(records(tasks))[:3]
+    run_dir = tmp_path / "runs" / "sweep" / "a"
+    folders = [tmp_path / "runs" / "sweep" / "unlearning", tmp_path / "unlearning", tmp_path / "central"]
+    facts = [in_force(run_dir).facts()]
+    for folder, record in zip(folders, chosen, strict=True):
+        if folder.name == "central":
+            monkeypatch.setenv("CLKIT_LEDGER", str(folder))
+        made = Ledger(folder)
+        made.receive("job", [])
+        made.advance("job", "validated")
+        made.advance("job", "selected", [Tombstones(made.key).hashes(record)])
+        made.close()
+        facts.append(in_force(run_dir).facts())
+    assert in_force(run_dir).places(tasks) == {r.place for r in chosen}
+    for count, began in enumerate(facts):
+        known = {r.place for r in chosen[:count]}
+        assert in_force(run_dir, began).places(tasks) == known, "a run sees its data as they were when it began"
