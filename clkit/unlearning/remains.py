@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from clkit.errors import CheckpointError
 from clkit.files import disk_errors
 from clkit.rundir import RunDirectory
 from clkit.unlearning.case import Source
-from clkit.unlearning.ledger import Ledger
+from clkit.unlearning.ledger import FOLDER, Ledger
 from clkit.unlearning.records import Place
 from clkit.unlearning.tombstones import Tombstones, known_to
 
@@ -29,11 +30,13 @@ class Remains:
         own: what the superseded run has of weights, and of records that are quoted.
         cached: files of the feature cache with rows of forgotten inputs.
         others: other runs that began before the records were forgotten; they may have learned them.
+        top: the folder below which all of these were looked for.
     """
 
     own: list[Path]
     cached: list[Path]
     others: list[Path]
+    top: Path
 
 
 def find(source: Source, gone: Collection[Place], new_run: Path, ledger: Ledger) -> Remains:
@@ -43,23 +46,36 @@ def find(source: Source, gone: Collection[Place], new_run: Path, ledger: Ledger)
         source: the superseded run.
         gone: where in its data the forgotten records stand.
         new_run: the run without them, whose model says under which names features are kept.
-        ledger: the ledger; runs below its folder's parent are looked at, to a depth of two.
+        ledger: the ledger; all runs beside and below the superseded one are looked at, and all below the folder in
+            which the ledger's is, to a depth of two where that is no folder above the run (``$CLKIT_LEDGER``).
     """
     own = [source.path / name for name in _OF_RUN if (source.path / name).exists()]
     serial = max((serial for serial, _, _ in ledger.tombstones()), default=0)
     name = Tombstones(ledger.key).name
-    top = ledger.folder.parent
+    top, beside = ledger.folder.parent.resolve(), source.path.resolve().parent
+    runs = {*_runs(beside, 64), *_runs(top, 64 if ledger.folder.name == FOLDER and beside.is_relative_to(top) else 2)}
     others = []
-    for file in sorted({*top.glob("*/run.json"), *top.glob("*/*/run.json")}):
-        if file.parent.resolve() in (source.path.resolve(), new_run.resolve()):
-            continue
+    for run_dir in sorted(runs - {source.path.resolve(), new_run.resolve()}):
         try:
-            facts = RunDirectory(file.parent).read("run.json")
+            facts = RunDirectory(run_dir).read("run.json")
         except CheckpointError:
             facts = None  # damaged: it may have learned anything
         if not isinstance(facts, dict) or known_to(facts, name, nearest=True) < serial:
-            others.append(file.parent)
-    return Remains(own, _cached(source, gone, new_run), others)
+            others.append(run_dir)
+    return Remains(own, _cached(source, gone, new_run), others, top if beside.is_relative_to(top) else beside)
+
+
+def _runs(top: Path, depth: int) -> Iterator[Path]:
+    """The run directories below a folder; there is no other within one."""
+    seen: set[Path] = set()
+    for folder, inner, files in os.walk(top, followlinks=True):
+        path = Path(folder)
+        if "run.json" in files or len(path.relative_to(top).parts) >= depth or path.resolve() in seen:
+            inner.clear()
+        seen.add(path.resolve())
+        inner[:] = [name for name in inner if not name.startswith(".")]
+        if "run.json" in files and path != top:
+            yield path.resolve()
 
 
 def _cached(source: Source, gone: Collection[Place], new_run: Path) -> list[Path]:
@@ -82,7 +98,7 @@ def summary(remains: Remains, run_dir: Path) -> dict[str, Any]:
     return {
         "still_there": [path.relative_to(run_dir).as_posix() for path in remains.own],
         "cached_features": [path.relative_to(computed_root()).as_posix() for path in remains.cached],
-        "other_runs_begun_before": [path.name for path in remains.others],
+        "other_runs_begun_before": [os.path.relpath(path, remains.top) for path in remains.others],
     }
 
 

@@ -174,6 +174,24 @@ def test_purge_deletes_the_superseded_weights_after_the_certificate_lists_them(d
     assert main(["unlearn", "--verify", str(path)]) == 0
 
 
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_other_runs_that_may_have_learned_the_records_are_listed_wherever_they_lie(
+    elsewhere, digits_run, digit_ids, write, tmp_path, monkeypatch
+):
+    runs = digits_run.parent
+    run(digits(tmp_path, output_dir=str(runs / "sweep" / "lr=1" / "seed-0")), tmp_path)
+    (runs / "loop").symlink_to(runs, target_is_directory=True)
+    folder = runs / "unlearning"
+    if elsewhere:
+        folder = tmp_path / "ledgers" / "main"
+        monkeypatch.setenv("CLKIT_LEDGER", str(folder))
+    assert unlearn(digits_run, write(request({"record_ids": digit_ids[:2]}))) == 0
+    (path,) = folder.glob("*/certificate.json")
+    others = json.loads(path.read_text())["superseded"]["other_runs_begun_before"]
+    assert others == ["sweep/lr=1/seed-0"]
+    assert f"forgotten: {others[0]}." in (path.parent / "certificate.md").read_text()
+
+
 @pytest.mark.parametrize("what", ["certificate", "manifest", "weights", "ledger"])
 def test_verify_finds_every_later_change(what, digits_run, digit_ids, write, capsys):
     assert unlearn(digits_run, write(request({"record_ids": digit_ids[:2]}))) == 0
