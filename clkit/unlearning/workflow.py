@@ -55,8 +55,27 @@ def choose(requests: Sequence[DeletionRequest], source: Source) -> Choice:
             raise
         note = "\nRecords that earlier requests took out are no longer in this run's data."
         raise RequestError(f"{error}{note}", error.problems) from error
-    out = [r for r in source.known if r.place in asked]
+    # Tombstones hold by content too, so what says exactly the same goes with it.
+    said = {r.content for r in source.known if r.place in asked}
+    out = [r for r in source.known if r.content in said]
+    asked = {r.place for r in out}
+    _left(source, asked)
     return Choice(asked, near_duplicates(out, [r for r in source.known if r.place not in asked]))
+
+
+def _left(source: Source, out: set[Place]) -> set[Place]:
+    """Where the records stand that are out with these, and with those that are out already.
+
+    Raises:
+        RequestError: nothing is left to train on.
+    """
+    gone = out | in_force(source.path).places(source.tasks)
+    if gone >= {r.place for r in source.known if r.place.part == "train"}:
+        raise RequestError(
+            "with all that say the same, and those forgotten already, every training record is out; delete the run "
+            "instead"
+        )
+    return gone
 
 
 def plan(run_dir: Path, request_file: Path, method: Method) -> str:
@@ -64,7 +83,7 @@ def plan(run_dir: Path, request_file: Path, method: Method) -> str:
     requests = read_requests(request_file)
     source = open_source(run_dir)
     choice = choose(requests, source)
-    gone = choice.asked | in_force(run_dir).places(source.tasks)
+    gone = _left(source, choice.asked)
     case = Case(source, frozenset(gone), without(source.tasks, gone))
     before = sum(build.stage_steps(source.config, source.tasks))
     lines = [
@@ -229,12 +248,11 @@ class _Job:
                     "Run again with --include-near-duplicates or --keep-near-duplicates."
                 )
             if decision == "include":
-                out |= {p.retained.place for p in choice.similar}
-                if out >= {r.place for r in self.source.known if r.place.part == "train"}:
-                    raise RequestError("with their near-duplicates the requests select every training record")
+                said = {p.retained.content for p in choice.similar}
+                out |= {r.place for r in self.source.known if r.content in said}
         hashes = Tombstones(self.ledger.key)
         stones = [hashes.hashes(r) for r in self.source.known if r.place in out]
-        gone = out | in_force(self.source.path).places(self.source.tasks)
+        gone = _left(self.source, out)
         case = Case(self.source, frozenset(gone), without(self.source.tasks, gone))
         if problems := self.method.check(case):  # before anything is written
             raise RequestError.collect(f"--method {self.method.name} can't serve this request:", problems)

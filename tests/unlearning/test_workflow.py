@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from people import PEOPLE, digits, request, run
+from people import PEOPLE, digits, nothing_forgotten, request, rows, run
 
 from clkit import api
 from clkit.cli import main
@@ -261,3 +261,40 @@ def test_changed_data_is_refused(people_content, write, tmp_path, capsys):
     err = capsys.readouterr().err
     assert "its data have changed since it was trained" in err and file.name in err
     assert not (run_dir.parent / "unlearning").exists()
+
+
+def test_a_copy_under_another_id_goes_with_the_record_and_is_not_said_to_be_kept(people_content, write, tmp_path):
+    row = rows()[0]
+    with Path(people_content["tasks"]["tasks"][1]).open("a") as file:
+        file.write(json.dumps({**row, "id": "copy", "prompt": f" {row['prompt']}"}) + "\n")
+    run_dir = run(people_content, tmp_path)
+    assert unlearn(run_dir, write(request({"record_ids": [row["id"]]})), "--keep-near-duplicates") == 0
+    content = certificate(run_dir)[1]
+    assert content["records"]["forgotten"]["count"] == 2
+    assert content["near_duplicates"] == {"found": 0, "decision": "none to decide on"}
+
+
+def test_a_request_whose_copies_leave_nothing_to_score_is_refused_before_anything_is_forgotten(
+    people_content, write, tmp_path, capsys
+):
+    row, folder = rows()[0], tmp_path / "folder"
+    folder.mkdir()
+    (folder / "train.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows(PEOPLE[:2])))
+    (folder / "test.jsonl").write_text(json.dumps({**row, "id": "scored"}) + "\n")
+    people_content["tasks"]["tasks"][0] = str(folder)
+    run_dir = run(people_content, tmp_path)
+    for decision in ([], ["--keep-near-duplicates"]):
+        assert unlearn(run_dir, write(request({"record_ids": [row["id"]]})), *decision) == 2
+        assert "no record left to score it with" in capsys.readouterr().err
+    assert nothing_forgotten(run_dir)
+
+
+def test_requests_that_together_take_everything_are_refused(digits_run, write, capsys):
+    tasks = build_tasks("digits", {"train_limit": 12, "eval_limit": 6})
+    first, second = ([i for task in part for i in task.train.ids] for part in (list(tasks)[:3], list(tasks)[3:]))
+    assert unlearn(digits_run, write(request({"record_ids": first}))) == 0
+    capsys.readouterr()
+    file = write(request({"record_ids": second}, request_id="R-2"))
+    for more in ([], ["--plan"]):
+        assert unlearn(digits_run, file, *more) == 2
+        assert "every training record is out; delete the run instead" in capsys.readouterr().err
