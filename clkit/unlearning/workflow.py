@@ -193,10 +193,15 @@ class _Job:
             if self.state == "validated":
                 self._select(decision)
             case, manifest = self._partition()
+            root = manifest.summary()["retained"]["merkle_root"]
+            if self.state in ("trained", "verified") and self.detail.get("retained", root) != root:
+                self.say("other requests were served since it was trained, so it is trained again")
+                self.ledger.fail(self.key, "other records were forgotten since it was trained")
+                return self.serve(gates, decision)
             if self.state == "selected":
                 self.say(f"training without {len(manifest.forgotten)} of {len(manifest.full)} records")
                 new_run = self.method.run(case, self._target(manifest))
-                self.ledger.advance(self.key, "trained", run=str(new_run))
+                self.ledger.advance(self.key, "trained", run=str(new_run), retained=root)
             new_run = Path(self.detail["run"])
             findings = run_gates(gates, Evidence(self.source.path, new_run, case, manifest, self.method.sees_forgotten))
             failed = [f"{f.name} {brief(f.figures)}" for f in findings if not f.passed]

@@ -298,3 +298,14 @@ def test_requests_that_together_take_everything_are_refused(digits_run, write, c
     for more in ([], ["--plan"]):
         assert unlearn(digits_run, file, *more) == 2
         assert "every training record is out; delete the run instead" in capsys.readouterr().err
+
+
+def test_a_request_goes_on_after_another_one_was_served_in_between(digits_run, digit_ids, write, monkeypatch):
+    first = write(request({"record_ids": digit_ids[:2]}), name="first.json")
+    with monkeypatch.context() as patch:
+        patch.setattr(workflow, "run_gates", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert unlearn(digits_run, first) == 130
+    assert unlearn(digits_run, write(request({"record_ids": digit_ids[5:6]}, request_id="R-2"))) == 0
+    assert unlearn(digits_run, first) == 0
+    files = (digits_run.parent / "unlearning").glob("*/certificate.json")
+    assert [json.loads(file.read_text())["records"]["forgotten"]["count"] for file in files] == [3, 3]
