@@ -29,6 +29,7 @@ from clkit.rng import fresh_generator
 from clkit.tasks.base import Task
 from clkit.tasks.batch import Encoded
 from clkit.trainer import SequentialTrainer
+from clkit.unlearning.records import task_records
 
 Array = NDArray[np.float64]
 _MOST = 512  # records of either side; more make the intervals narrower and the gates slower
@@ -105,9 +106,17 @@ def measure(run_dir: Path, forgotten: Sequence[Task], before: Path | None = None
     """
     with api.open_run(run_dir) as trainer:
         model, tasks, config = trainer.model, trainer.tasks, trainer.config
-        seen = {id for task in (*tasks, *forgotten) for id in task.train.ids}
+        learned = [record for task in (*tasks, *forgotten) for record in task_records(task, "train")]
+        ids, contents = {record.id for record in learned}, {record.content for record in learned}
         gone = _sample([(task, i) for task in forgotten for i in range(len(task.train))])
-        new = _sample([(task, i) for task in tasks for i, id in enumerate(task.eval.ids) if id not in seen])
+        new = _sample(
+            [
+                (task, i)
+                for task in tasks
+                for i, scored in enumerate(task_records(task, "eval"))
+                if scored.id not in ids and scored.content not in contents  # a copy under another id was learned too
+            ]
+        )
         if not gone or not new:
             raise VerificationError("there are no forgotten training records, or no records that were only scored")
         rows: _Rows = {"forgotten": ("train", gone), "never_seen": ("eval", new)}

@@ -7,7 +7,7 @@ import hashlib
 import json
 import unicodedata
 from collections.abc import Collection, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -62,15 +62,20 @@ def content_hash(**texts: str) -> str:
 def records(tasks: TaskSequence) -> Iterator[Record]:
     """Every record of a sequence, holdout tasks included, in order."""
     for task in (*tasks, *tasks.holdout):
-        for part in ("train", "eval"):
-            examples: Examples = getattr(task, part)
-            styled = task.metadata.get("asd", {}) if part == "train" else {}
-            for index, given in enumerate(examples.ids):
-                record_id = styled[given]["source_id"] if given in styled else given
-                fields = _fields(examples, index)
-                said = {k: fields[k] for k in ("prompt", "answer", "target_new") if k in fields}
-                content = content_hash(**said) if said else _input_hash(examples, index)
-                yield Record(Place(task.name, part, index), record_id, content, {"id": record_id, **fields})
+        yield from task_records(task, "train")
+        yield from task_records(task, "eval")
+
+
+def task_records(task: Task, part: Literal["train", "eval"]) -> Iterator[Record]:
+    """Every record of one part of a task, in order."""
+    examples: Examples = getattr(task, part)
+    styled = task.metadata.get("asd", {}) if part == "train" else {}
+    for index, given in enumerate(examples.ids):
+        record_id = styled[given]["source_id"] if given in styled else given
+        fields = _fields(examples, index)
+        said = {k: fields[k] for k in ("prompt", "answer", "target_new") if k in fields}
+        content = content_hash(**said) if said else _input_hash(examples, index)
+        yield Record(Place(task.name, part, index), record_id, content, {"id": record_id, **fields})
 
 
 def _fields(examples: Examples, index: int) -> dict[str, str]:

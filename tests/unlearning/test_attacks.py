@@ -8,7 +8,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from people import run
+from people import PEOPLE, rows, run
 
 from clkit import api
 from clkit.errors import VerificationError
@@ -100,3 +100,18 @@ def test_a_model_that_still_has_the_records_is_told_from_one_that_never_had_them
     assert figures["n"] == [8, 8] and not attacks.leaks(figures, 0.6), figures
     with pytest.raises(VerificationError, match="no forgotten training records"):
         attacks.measure(run_dir, [dataclasses.replace(task, train=task.train.subset([]))])
+
+
+def test_an_evaluation_record_that_copies_a_learned_one_is_not_taken_for_never_seen(people_content, tmp_path):
+    folder, known = tmp_path / "scored", rows(PEOPLE[:2])
+    folder.mkdir()
+    new = [{**row, "id": f"new-{row['id']}", "answer": "no one knows"} for row in known[:2]]
+    scored = [{**row, "id": f"copy-{row['id']}"} for row in known] + new
+    for name, part in (("train", known), ("test", scored)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    people_content["tasks"] = {"source": "jsonl", "tasks": [str(folder)]}
+    run_dir = run(people_content, tmp_path)
+    with api.open_run(run_dir) as trainer:
+        task = trainer.tasks[0]
+    found = attacks.measure(run_dir, [dataclasses.replace(task, train=task.train.subset([0]))])
+    assert found.unseen.texts == ["no one knows"] * 2
