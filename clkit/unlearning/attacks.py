@@ -26,7 +26,7 @@ from clkit.models.causal_lm import CausalLM
 from clkit.models.encoded_text import EncodedText
 from clkit.modes import evaluating
 from clkit.rng import fresh_generator
-from clkit.tasks.base import Task
+from clkit.tasks.base import LabelledExamples, Task
 from clkit.tasks.batch import Encoded
 from clkit.trainer import SequentialTrainer
 from clkit.unlearning.records import task_records
@@ -83,6 +83,8 @@ class Measured:
 
     ``probability``: mean probability of a token of the true answer (geometric within a record) under the superseded
     run and the new one, of forgotten, never-seen and retained records; empty where the former can't be opened.
+    ``unknown_class``: forgotten records whose class went with them, so that the new network can't give it; they are not
+    among the others.
     """
 
     forgotten: Answers
@@ -91,6 +93,7 @@ class Measured:
     unseen_base: Answers
     text: bool
     probability: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    unknown_class: int = 0
 
 
 def measure(run_dir: Path, forgotten: Sequence[Task], before: Path | None = None) -> Measured:
@@ -119,6 +122,10 @@ def measure(run_dir: Path, forgotten: Sequence[Task], before: Path | None = None
         )
         if not gone or not new:
             raise VerificationError("there are no forgotten training records, or no records that were only scored")
+        every, gone = len(gone), [(task, i) for task, i in gone if _has_class(task, i, build.num_classes(tasks))]
+        if not gone:
+            nothing = Answers([], [], [], [])
+            return Measured(nothing, nothing, nothing, nothing, False, unknown_class=every)
         rows: _Rows = {"forgotten": ("train", gone), "never_seen": ("eval", new)}
         if before is not None:
             rows["retained"] = "train", _sample([(task, i) for task in tasks for i in range(len(task.train))])
@@ -130,7 +137,13 @@ def measure(run_dir: Path, forgotten: Sequence[Task], before: Path | None = None
         theirs = [answers(base, side, config.eval.batch_size) for side in sides]
     earlier = _before(before, rows) if before is not None else {}
     known = {name: (mean_probability(found), mean_probability(ours[name])) for name, found in earlier.items()}
-    return Measured(ours["forgotten"], ours["never_seen"], theirs[0], theirs[1], text, known)
+    missing = every - len(gone)
+    return Measured(ours["forgotten"], ours["never_seen"], theirs[0], theirs[1], text, known, unknown_class=missing)
+
+
+def _has_class(task: Task, row: int, classes: int | None) -> bool:
+    """Whether a network of so many classes can give the record's."""
+    return classes is None or not isinstance(task.train, LabelledExamples) or int(task.train.labels[row]) < classes
 
 
 # Name of a side -> which part of its tasks, and task and row of each record.
@@ -185,6 +198,10 @@ def membership(measured: Measured) -> dict[str, Any]:
         scores["zlib"] = (privacy.zlib_scores(a.log_probs, a.texts), privacy.zlib_scores(b.log_probs, b.texts))
         scores["min-k"] = (privacy.min_k_scores(a.log_probs), privacy.min_k_scores(b.log_probs))
     figures: dict[str, Any] = {"n": [len(a.log_probs), len(b.log_probs)], "seed": _SEED, "confidence": 1 - ALPHA}
+    if measured.unknown_class:
+        figures["of_classes_that_are_gone"] = measured.unknown_class
+    if not a.log_probs:
+        return figures | {"applies": False}
     for name, (members, others) in scores.items():
         found = privacy.membership(members, others, np.random.default_rng(_SEED), confidence=1 - ALPHA)
         if found is None:

@@ -309,3 +309,16 @@ def test_a_request_goes_on_after_another_one_was_served_in_between(digits_run, d
     assert unlearn(digits_run, first) == 0
     files = (digits_run.parent / "unlearning").glob("*/certificate.json")
     assert [json.loads(file.read_text())["records"]["forgotten"]["count"] for file in files] == [3, 3]
+
+
+def test_all_of_the_last_classes_can_be_forgotten_which_the_new_network_does_not_have(digits_run, write):
+    tasks = build_tasks("digits", {"train_limit": 12, "eval_limit": 6})
+    last = tasks[len(tasks) - 1].train.ids
+    for number, more in enumerate(([], tasks[0].train.ids[:2])):
+        assert unlearn(digits_run, write(request({"record_ids": [*last, *more]}, request_id=f"R-{number}"))) == 0
+    files = (digits_run.parent / "unlearning").glob("*/certificate.json")
+    checks = [json.loads(file.read_text())["verification"] for file in files]
+    found = [next(c["figures"] for c in each if c["name"] == "membership") for each in checks]
+    alone, both = sorted(found, key=lambda figures: figures["n"][0])
+    assert alone["applies"] is False and alone["of_classes_that_are_gone"] == len(last)
+    assert both["n"][0] == 2 and "loss" in both and both["of_classes_that_are_gone"] == len(last)
