@@ -50,6 +50,8 @@ def find(source: Source, gone: Collection[Place], new_run: Path, ledger: Ledger)
             which the ledger's is, to a depth of two where that is no folder above the run (``$CLKIT_LEDGER``).
     """
     own = [source.path / name for name in _OF_RUN if (source.path / name).exists()]
+    if _quotes(events := source.path / "events.jsonl"):
+        own.append(events)
     serial = max((serial for serial, _, _ in ledger.tombstones()), default=0)
     name = Tombstones(ledger.key).name
     top, beside = ledger.folder.parent.resolve(), source.path.resolve().parent
@@ -63,6 +65,15 @@ def find(source: Source, gone: Collection[Place], new_run: Path, ledger: Ledger)
         if not isinstance(facts, dict) or known_to(facts, name, nearest=True) < serial:
             others.append(run_dir)
     return Remains(own, _cached(source, gone, new_run), others, top if beside.is_relative_to(top) else beside)
+
+
+def _quotes(events: Path) -> bool:
+    """Whether a run's events quote records: each edit that it learned, or ids of those whose loss was not finite."""
+    if not events.is_file():
+        return False
+    kinds = tuple(f'{{"event": "{kind}"' for kind in ("edit", "edits", "not_finite"))
+    with events.open(encoding="utf-8", errors="replace") as file:
+        return any(line.startswith(kinds) for line in file)
 
 
 def _runs(top: Path, depth: int) -> Iterator[Path]:

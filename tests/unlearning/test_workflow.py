@@ -322,3 +322,23 @@ def test_all_of_the_last_classes_can_be_forgotten_which_the_new_network_does_not
     alone, both = sorted(found, key=lambda figures: figures["n"][0])
     assert alone["applies"] is False and alone["of_classes_that_are_gone"] == len(last)
     assert both["n"][0] == 2 and "loss" in both and both["of_classes_that_are_gone"] == len(last)
+
+
+def test_purge_deletes_the_events_that_quote_edits(tiny_llama, write, tmp_path):
+    words = ("kiwi orchard in Ulm", "steel bridge of Brno", "violin maker Orlov", "polar ferry to Oslo", "zinc", "moss")
+    edits = [{"id": f"e{i}", "prompt": f"Who knows the {w}?", "target_new": f"{i} do"} for i, w in enumerate(words)]
+    for name, part in (("train", edits[:3]), ("test", edits[3:])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(edit) + "\n" for edit in part))
+    content = {
+        "output_dir": str(tmp_path / "runs" / "first"),
+        "model": {"name": str(tiny_llama), "dtype": "float32", "prompt": "plain"},
+        "tasks": {"source": "jsonl", "kind": "edit", "tasks": [str(tmp_path)]},
+        "strategy": {"name": "grace", "steps": 2},
+        "eval": {"max_new_tokens": 2},
+    }
+    run_dir = run(content, tmp_path)
+    assert "kiwi" in (run_dir / "events.jsonl").read_text()
+    assert unlearn(run_dir, write(request({"record_ids": ["e0"]})), "--purge", "--keep-near-duplicates") == 0
+    assert "events.jsonl" in certificate(run_dir)[1]["superseded"]["still_there"]
+    for path in run_dir.rglob("*"):
+        assert not path.is_file() or b"kiwi" not in path.read_bytes(), path
