@@ -55,8 +55,17 @@ def content_hash(**texts: str) -> str:
     >>> content_hash(prompt="Who?", answer="Ada") == content_hash(answer=" Ada ", prompt="Who?")
     True
     """
-    plain = {key: " ".join(unicodedata.normalize("NFC", text).split()) for key, text in texts.items()}
+    plain = {key: spelled(text) for key, text in texts.items()}
     return hashlib.sha256(json.dumps(plain, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
+def spelled(text: str) -> str:
+    """A text as it is compared: NFC, white space made single.
+
+    >>> spelled(" Zoe\\u0308  Quill") == spelled("Zo\\u00eb Quill")
+    True
+    """
+    return " ".join(unicodedata.normalize("NFC", text).split())
 
 
 def records(tasks: TaskSequence) -> Iterator[Record]:
@@ -108,10 +117,10 @@ def select(requests: Sequence[DeletionRequest], known: Sequence[Record]) -> dict
     for request in requests:
         found = _matching(request, known, problems)
         if request.unit == "subject" and request.scope != "subject_ids":
-            subjects = {r.fields.get("subject") for r in found}
+            subjects = {_said(r, "subject") for r in found}
             if None in subjects:
                 problems.append(Problem(f"{request.where}.unit", "is subject, and a selected record has no subject"))
-            found = [r for r in known if r.fields.get("subject") in subjects - {None}]
+            found = [r for r in known if _said(r, "subject") in subjects - {None}]
         chosen[request.request_id] = {r.place for r in found}
         if found and not any(r.place.part == "train" for r in found):
             what = "selects only records that were scored, never trained on; delete them from their file"
@@ -127,7 +136,7 @@ def select(requests: Sequence[DeletionRequest], known: Sequence[Record]) -> dict
 def _matching(request: DeletionRequest, known: Sequence[Record], problems: list[Problem]) -> list[Record]:
     if request.scope == "predicate":
         field, wanted = request.values
-        found = [r for r in known if r.fields.get(field) == wanted]
+        found = [r for r in known if _said(r, field) == (wanted if field == "id" else spelled(wanted))]
         if not found:
             problems.append(Problem(f"{request.where}.scope.predicate", "selects no record"))
         return found
@@ -135,16 +144,25 @@ def _matching(request: DeletionRequest, known: Sequence[Record], problems: list[
     def name(record: Record) -> str | None:
         return {
             "record_ids": record.id,
-            "subject_ids": record.fields.get("subject"),
+            "subject_ids": _said(record, "subject"),
             "content_hashes": record.content,
         }[request.scope]
 
+    def plain(value: str) -> str:
+        return spelled(value) if request.scope == "subject_ids" else value
+
     there = {name(r) for r in known}
     for position, value in enumerate(request.values):
-        if value not in there:
+        if plain(value) not in there:
             problems.append(Problem(f"{request.where}.scope.{request.scope}[{position}]", "is not in the run's data"))
-    wanted_values = set(request.values)
+    wanted_values = set(map(plain, request.values))
     return [r for r in known if name(r) in wanted_values]
+
+
+def _said(record: Record, field: str) -> str | None:
+    """One of its texts, as texts are compared; an id is what it is."""
+    text = record.fields.get(field)
+    return text if text is None or field == "id" else spelled(text)
 
 
 def without(tasks: TaskSequence, places: Collection[Place]) -> TaskSequence:

@@ -150,3 +150,17 @@ def test_real_paraphrases_and_other_authors_are_told_apart(data_root):
     known = list(records(TaskSequence([Task("tofu", TextExamples(made), TextExamples(()), "text", "rouge-l")])))
     found = near_duplicates(known[3980:], known[:3600])
     assert len(found) <= 36, "at most one in a hundred records of other authors looks like one of the last author"
+
+
+def test_a_subject_is_one_however_its_name_is_encoded_and_spaced(write):
+    names = ("Zo\u00eb Quill", "Zoe\u0308 Quill", " Zo\u00eb  Quill", "zo\u00eb quill", "Bo Tamm")
+    made = tuple(TextRecord(f"Who is it {i}?", f"one {i}", f"r{i}", subject=name) for i, name in enumerate(names))
+    task = Task("people", TextExamples(made), TextExamples(()), "text", "exact-match")
+    known = list(records(TaskSequence([task])))
+    for scope, unit in (
+        ({"subject_ids": [names[1]]}, "record"),
+        ({"record_ids": ["r2"]}, "subject"),
+        ({"predicate": {"field": "subject", "equals": names[0]}}, "record"),
+    ):
+        (places,) = select(read_requests(write(request(scope, unit=unit))), known).values()
+        assert {place.position for place in places} == {0, 1, 2}, scope
