@@ -80,3 +80,9 @@ def test_a_file_is_one_batch_with_ids_used_once_and_one_dry_run(write, tmp_path)
         read_requests(tmp_path / "bad.jsonl")
     with pytest.raises(RequestError, match="can't be read"):
         read_requests(tmp_path / "absent.json")
+
+
+def test_a_line_separator_within_a_text_ends_no_line(tmp_path):
+    file = tmp_path / "requests.jsonl"
+    file.write_text(json.dumps(request({"subject_ids": ["Ada\u2028Quill"]}), ensure_ascii=False) + "\n")
+    assert read_requests(file)[0].values == ("Ada\u2028Quill",)
