@@ -80,6 +80,19 @@ def read_requests(path: Path) -> list[DeletionRequest]:
     return requests
 
 
+class _RepeatedKeyError(Exception):
+    """An object names a key twice."""
+
+
+class _Object(dict[str, Any]):
+    """A JSON object each key of which stands once."""
+
+    def __init__(self, pairs: list[tuple[str, Any]]) -> None:
+        super().__init__(pairs)
+        if len(self) < len(pairs):
+            raise _RepeatedKeyError
+
+
 def _objects(path: Path, text: str, problems: list[Problem]) -> list[tuple[str, Any]]:
     if path.suffix == ".jsonl":
         lines = [(f"{path}:{n}", line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
@@ -88,8 +101,11 @@ def _objects(path: Path, text: str, problems: list[Problem]) -> list[tuple[str, 
     found: list[tuple[str, Any]] = []
     for where, line in lines:
         try:
-            value = json.loads(line)
-        except ValueError as error:
+            value = json.loads(line, object_pairs_hook=_Object)
+        except _RepeatedKeyError:
+            problems.append(Problem(where, "has an object with the same key twice, of which one would be lost"))
+            continue
+        except (ValueError, RecursionError) as error:
             place = f"line {error.lineno}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else "it"
             problems.append(Problem(where, f"is not JSON ({place})"))
             continue

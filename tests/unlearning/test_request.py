@@ -86,3 +86,14 @@ def test_a_line_separator_within_a_text_ends_no_line(tmp_path):
     file = tmp_path / "requests.jsonl"
     file.write_text(json.dumps(request({"subject_ids": ["Ada\u2028Quill"]}), ensure_ascii=False) + "\n")
     assert read_requests(file)[0].values == ("Ada\u2028Quill",)
+
+
+@pytest.mark.parametrize("outer", [False, True])
+def test_a_key_that_stands_twice_is_refused_since_one_would_be_lost(outer, tmp_path):
+    text, file = json.dumps(request({"record_ids": ["b"]})), tmp_path / "request.json"
+    one = '{"record_ids": ["b"]}'
+    file.write_text(
+        text.replace(one, one + ', "scope": {"record_ids": ["a"]}' if outer else '{"record_ids": ["a"], ' + one[1:])
+    )
+    with pytest.raises(RequestError, match="same key twice"):
+        read_requests(file)
