@@ -43,6 +43,12 @@ def run_files(run_dir: Path) -> dict[str, str]:
     return {p.relative_to(run_dir).as_posix(): file_sha256(p) for p in (*fixed, *exported) if p.is_file()}
 
 
+def checkpoint_files(run_dir: Path) -> dict[str, str]:
+    """SHA-256 of the manifest of each checkpoint, by its name; the manifest has the hashes of what is in it."""
+    found = sorted((run_dir / "checkpoints").glob("[0-9]*/manifest.json"))
+    return {path.parent.name: file_sha256(path) for path in found}
+
+
 def write(
     folder: Path,
     *,
@@ -82,7 +88,7 @@ def write(
         "records": manifest.summary(),
         "near_duplicates": near_duplicates,
         "verification": [{"name": f.name, "passed": f.passed, "figures": f.figures} for f in findings],
-        "new_run": {"path": _relative(runs["new"], folder), "files": run_files(runs["new"])},
+        "new_run": {"path": _relative(runs["new"], folder), **_new_run(runs["new"])},
         "superseded": {
             "path": _relative(runs["superseded"], folder),
             **left,
@@ -102,6 +108,10 @@ def sign(path: Path, key: Any) -> None:
     content = json.loads(path.read_text(encoding="utf-8"))
     content["signature"] = signing.sign(key, content["digest"])
     write_json(path, content)
+
+
+def _new_run(run_dir: Path) -> dict[str, Any]:
+    return {"files": run_files(run_dir), "checkpoints": checkpoint_files(run_dir)}
 
 
 def _relative(path: Path, folder: Path) -> str:
@@ -196,6 +206,10 @@ def verify(path: Path, signed_by: str | None = None) -> list[Finding]:
         now = run_files(folder / content["new_run"]["path"])
         changed = sorted({*now.items()} ^ {*content["new_run"]["files"].items()})
         found.append(Finding("new_run_files", not changed, {"changed": sorted({name for name, _ in changed})}))
+        if "checkpoints" in content["new_run"]:  # those that are still there; they may be deleted
+            there = checkpoint_files(folder / content["new_run"]["path"]).items()
+            others = sorted(name for name, _ in {*there} - {*content["new_run"]["checkpoints"].items()})
+            found.append(Finding("new_run_checkpoints", not others, {"changed": others}))
         found += _rests_on(folder / content["superseded"]["path"], content["guarantee"])
         found.append(Finding("gates", all(f["passed"] is True for f in content["verification"])))
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -192,7 +192,7 @@ def test_other_runs_that_may_have_learned_the_records_are_listed_wherever_they_l
     assert f"forgotten: {others[0]}." in (path.parent / "certificate.md").read_text()
 
 
-@pytest.mark.parametrize("what", ["certificate", "manifest", "weights", "ledger"])
+@pytest.mark.parametrize("what", ["certificate", "manifest", "weights", "checkpoints", "ledger"])
 def test_verify_finds_every_later_change(what, digits_run, digit_ids, write, capsys):
     assert unlearn(digits_run, write(request({"record_ids": digit_ids[:2]}))) == 0
     path, content = certificate(digits_run)
@@ -203,11 +203,16 @@ def test_verify_finds_every_later_change(what, digits_run, digit_ids, write, cap
         (path.parent / "manifest.json").write_text('{"full": [], "retained": [], "forgotten": []}')
     elif what == "weights":
         (new_run(digits_run) / "export" / "model.safetensors").write_bytes(b"other")
+    elif what == "checkpoints":
+        shutil.rmtree(new_run(digits_run) / "checkpoints")
+        assert main(["unlearn", "--verify", str(path)]) == 0, "they may be deleted"
+        shutil.copytree(digits_run / "checkpoints", new_run(digits_run) / "checkpoints")
     else:
         (path.parents[1] / "ledger.sqlite").unlink()
     capsys.readouterr()
     assert main(["unlearn", "--verify", str(path)]) == 3
     expected = {"certificate": "digest", "manifest": "manifest", "weights": "new_run_files", "ledger": "ledger"}
+    expected["checkpoints"] = "new_run_checkpoints"
     assert f"FAILED {expected[what]}" in capsys.readouterr().out
 
 
