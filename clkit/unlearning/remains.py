@@ -9,11 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from clkit import api
 from clkit.cache import computed_root, holding, row_names
 from clkit.errors import CheckpointError
 from clkit.files import disk_errors
 from clkit.rundir import RunDirectory
+from clkit.tasks.base import LabelledExamples
 from clkit.unlearning.case import Source
 from clkit.unlearning.ledger import FOLDER, Ledger
 from clkit.unlearning.records import Place
@@ -98,7 +101,10 @@ def _cached(source: Source, gone: Collection[Place], new_run: Path) -> list[Path
         for part in ("train", "eval"):
             rows = sorted(p.position for p in gone if (p.task, p.part) == (task.name, part))
             if rows:
-                parts.append(getattr(task, part).subset(rows))
+                examples = getattr(task, part).subset(rows)
+                if isinstance(examples, LabelledExamples):  # names know no class, and the new network may lack theirs
+                    examples = LabelledExamples(examples.inputs, torch.zeros_like(examples.labels), examples.ids)
+                parts.append(examples)
     with api.open_run(new_run) as trainer:
         names = {name for examples in parts for name in row_names(trainer.model.encode(examples))}
     return holding(root, names)

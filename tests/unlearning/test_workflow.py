@@ -316,7 +316,12 @@ def test_a_request_goes_on_after_another_one_was_served_in_between(digits_run, d
     assert [json.loads(file.read_text())["records"]["forgotten"]["count"] for file in files] == [3, 3]
 
 
-def test_all_of_the_last_classes_can_be_forgotten_which_the_new_network_does_not_have(digits_run, write):
+def test_all_of_the_last_classes_can_be_forgotten_which_the_new_network_does_not_have(
+    digits_run, write, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("CLKIT_COMPUTED", str(tmp_path / "computed"))
+    (tmp_path / "computed" / "recipe").mkdir(parents=True)
+    (tmp_path / "computed" / "recipe" / "rows.safetensors").write_bytes(b"features that can't be read")
     tasks = build_tasks("digits", {"train_limit": 12, "eval_limit": 6})
     last = tasks[len(tasks) - 1].train.ids
     for number, more in enumerate(([], tasks[0].train.ids[:2])):
