@@ -165,7 +165,7 @@ class PrivateEngine(LocalEngine):
         if self._scaler is not None:
             raise CapabilityError("model.dtype: the loss scaling of float16 is not supported by the private engine")
         self._module = model.module
-        if any(isinstance(m, _BatchNorm) and m.training for m in model.module.modules()):
+        if _would_train_batch_norm(model.module):
             raise CapabilityError(f"model.name: '{model.name}' has batch normalisation. {_COUPLES}")
 
     def record_in(self, directory: RunDirectory) -> None:
@@ -326,6 +326,17 @@ class PrivateEngine(LocalEngine):
 
 
 _COUPLES = "It mixes the examples of a batch, so no gradient is one example's; take another, or freeze the backbone"
+
+
+def _would_train_batch_norm(module: nn.Module) -> bool:
+    """Whether it takes batch statistics once it trains, whatever mode it is in now; a frozen part of it never does."""
+    modes = [(m, m.training) for m in module.modules()]
+    module.train()
+    try:
+        return any(isinstance(m, _BatchNorm) and m.training for m in module.modules())
+    finally:
+        for m, mode in modes:
+            m.training = mode
 
 
 def _built_with_batch_norm(strategy: Strategy) -> bool:

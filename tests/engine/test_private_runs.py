@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from privately import begin, moved
+from torch import nn
 
 from clkit import api, build, resolve
 from clkit.engine import ENGINES
@@ -225,6 +226,16 @@ def test_batch_norm_is_refused_and_a_frozen_backbone_is_not(vision_content, monk
     with pytest.raises(CapabilityError, match="batch normalisation"):
         made = build.make_model(resolve.validate(vision_content).model, build.make_tasks(resolve.validate(vision_content)), 0, print)  # fmt: skip
         ENGINES.get("private")(resolve.validate(vision_content).engine.config).prepare(made)
+
+
+def test_batch_norm_is_refused_too_where_a_module_comes_in_evaluation_mode(vision_content):
+    config = resolve.validate(vision_content)
+    module = build.make_model(config.model, build.make_tasks(config), 0, print).module.eval()
+    engine = {"name": "private", "noise_multiplier": 1.0, "device": "cpu"}
+    private = resolve.validate({**vision_content, "model": {"name": "mlp"}, "engine": engine})
+    with pytest.raises(CapabilityError, match="batch normalisation"):
+        api.run(private, model=nn.Sequential(module).eval())
+    assert not module.training
 
 
 def test_strategies_whose_loss_couples_examples_are_refused(content):
