@@ -235,7 +235,11 @@ class StepLoader:
         self._lengths = self.source.lengths if train.group_by_length else None
 
     def __len__(self) -> int:
-        return steps_in_stage(len(self.positions), self._train) - self._start
+        return self._total() - self._start
+
+    def _total(self) -> int:
+        """Steps of the stage; none where nothing is new, as where every record was forgotten."""
+        return steps_in_stage(len(self.positions), self._train) if len(self._new) else 0
 
     def _order(self, epoch: int) -> list[Tensor]:
         lengths = None if self._lengths is None else self._lengths[self.positions.numpy()]
@@ -246,7 +250,7 @@ class StepLoader:
         return epoch_order(len(self.positions), self._train.batch_size, generator, lengths)
 
     def __iter__(self) -> Iterator[Batch]:
-        total = steps_in_stage(len(self.positions), self._train)
+        total = self._total()
         per_epoch = -(-len(self.positions) // self._train.batch_size)
         epoch, order = -1, []
         for step in range(self._start, total):

@@ -105,6 +105,11 @@ def test_starting_at_step_n_gives_the_batches_that_were_left():
         assert [b.indices.tolist() for b in loader(Sets([10]), 0, train, start=start)] == whole[start:]
 
 
+def test_a_task_without_records_has_no_steps_however_many_are_asked_for():
+    empty = loader(Sets([4, 0]), 1, TrainConfig(steps=5, batch_size=2), buffer=make_buffer("reservoir", 4))
+    assert len(empty) == 0 and list(empty) == []
+
+
 def test_epochs_differ_in_order():
     batches = [b.indices.tolist() for b in loader(Sets([64]), 0, TrainConfig(epochs=2, batch_size=64))]
     assert batches[0] != batches[1] and sorted(batches[0]) == sorted(batches[1])
