@@ -305,9 +305,10 @@ class RunDirectory:
         return int(self._events.tell())
 
     def _close(self) -> None:
-        if self._events is not None:
-            self._events.close()
-            self._events = None
+        events, self._events = self._events, None
+        if events is not None:
+            with contextlib.suppress(OSError):  # it tries once more to write the line that `event` could not
+                events.close()
 
 
 class Follower(RunDirectory):

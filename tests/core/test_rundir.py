@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -238,6 +239,17 @@ def test_events_that_were_lost_are_not_replaced_by_nulls(begun):
     assert begun.events_offset() == len(file.read_bytes())
     begun.open_events(13)
     assert file.read_bytes() == b'{"event": 1}\n'
+
+
+def test_a_full_disk_under_the_events_is_one_clear_error(begun):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        with pytest.raises(CheckpointError, match=r"events.jsonl: can't write"), begun.locked():
+            begun.open_events(0)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+            begun.event("long", text="x" * 200)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def test_a_run_that_is_only_read_keeps_its_events(begun):
