@@ -17,12 +17,14 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
+import re
 import secrets
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from clkit.errors import ConfigError, Problem
+from clkit.files import disk_errors
 from clkit.rundir import RunDirectory
 
 _PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow"}
@@ -124,7 +126,13 @@ class MLflow(Tracker):
         os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
         from mlflow import MlflowClient
 
-        place = os.environ.get("MLFLOW_TRACKING_URI") or (directory.path / "mlruns").absolute().as_uri()
+        place = os.environ.get("MLFLOW_TRACKING_URI")
+        if not place:
+            # MLflow makes its folders once in a process, and remembers that it did when --fresh has deleted them.
+            folder = (directory.path / "mlruns").absolute()
+            with disk_errors(folder):
+                (folder / ".trash").mkdir(parents=True, exist_ok=True)
+            place = folder.as_uri()
         self._client = MlflowClient(tracking_uri=place)
         if identity is None:
             found = self._client.get_experiment_by_name("clkit")
@@ -137,7 +145,7 @@ class MLflow(Tracker):
     def log(self, numbers: Mapping[str, float], step: int) -> None:
         """One metric each."""
         for name, value in numbers.items():
-            self._client.log_metric(self.identity, name.replace("(", "_").replace(")", "_"), value, step=step)
+            self._client.log_metric(self.identity, _allowed(name), value, step=step)
 
     def close(self) -> None:
         """Mark the run as finished."""
@@ -178,6 +186,16 @@ def open_trackers(
     if known:
         directory.write("tracking.json", known)
     return made
+
+
+def _allowed(name: str) -> str:
+    """A name as MLflow takes it: few characters, and no part that means another place as a path.
+
+    >>> _allowed("score/Q&A, law/accuracy"), _allowed("score/../f1(x)")
+    ('score/Q_A_ law/accuracy', 'score/_/f1_x_')
+    """
+    parts = re.sub(r"[^\w.\- :/]", "_", name).split("/")
+    return "/".join("_" if part in ("", ".", "..") else part for part in parts)
 
 
 def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

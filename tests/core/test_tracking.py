@@ -72,6 +72,17 @@ def test_mlflow_gets_every_number_in_plain_files_and_goes_on_in_the_same_run(vis
     assert len(client.search_runs([experiment.experiment_id])) == 1
 
 
+def test_mlflow_takes_tasks_of_any_name_and_a_run_that_starts_afresh(text_content, tmp_path):
+    pytest.importorskip("mlflow")
+    file = tmp_path / "Q&A, law's 50%.jsonl"
+    file.write_bytes((tmp_path / "red.jsonl").read_bytes())
+    text_content["tasks"]["tasks"] = [str(file)]
+    config = resolve.validate(text_content | {"tracking": {"to": ["mlflow"]}})
+    for _ in range(2):
+        run_dir = run(config, fresh=True).run_dir
+        assert [*run_dir.glob("mlruns/*/*/metrics/score/Q_A_ law_s 50_/*")]
+
+
 def test_wandb_writes_an_offline_run(vision_content, monkeypatch):
     pytest.importorskip("wandb")
     monkeypatch.delenv("WANDB_MODE", raising=False)
