@@ -256,12 +256,16 @@ def coerce(model: Any, strategy: Any, config: Any) -> tuple[Model, Strategy, Run
     Raises:
         ConfigError: a strategy's name or a section of the configuration is wrong.
     """
-    if not isinstance(config, RunConfig):
+    sections = not isinstance(config, RunConfig)
+    if sections:
         config = validate({"tasks": "facts", **(config or {})}, origin="SequentialTrainer")
     if isinstance(strategy, str):
         plugin = validate({"strategy": strategy}, origin="SequentialTrainer").strategy
         config = dataclasses.replace(config, strategy=plugin)
         strategy = make_strategy(plugin)
+    elif (names := STRATEGIES.names_of(type(strategy))) and (sections or config.strategy.name not in names):
+        # So that a resume, ``open_run`` and the model card know what learned.
+        config = dataclasses.replace(config, strategy=Plugin(names[0], strategy.config))
     if isinstance(model, torch.nn.Module):
         model = wrap(model)
     return model, strategy, config

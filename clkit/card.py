@@ -19,13 +19,14 @@ _LIMITS = (
 )
 
 
-def card(result: RunResult, config: RunConfig, snippet: str, base: str | None = None) -> str:
+def card(result: RunResult, config: RunConfig, snippet: str, model: str, base: str | None = None) -> str:
     """The text of README.md, with the front matter that the Hugging Face hub reads.
 
     Args:
         result: what was measured, also of a run that is not finished.
         config: the run's configuration.
         snippet: how to load what lies beside the card.
+        model: what the trained model is called; the configuration does not know one that was made in Python.
         base: where the base model is; named in the front matter when it is a hub id.
     """
     adapter = "PeftModel" in snippet
@@ -37,7 +38,7 @@ def card(result: RunResult, config: RunConfig, snippet: str, base: str | None = 
     lines += [
         f"# {result.name}",
         "",
-        f"`{config.model.name}`, trained by [clkit](https://pypi.org/project/clkit/) with the strategy "
+        f"`{model}`, trained by [clkit](https://pypi.org/project/clkit/) with the strategy "
         f"`{config.strategy.name}` on {len(result.tasks)} tasks one after another (seed {config.seed}).",
         "",
         "Tasks, in the order of learning: " + ", ".join(f"`{t}`" for t in result.tasks) + ".",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import importlib.util
+import sys
 from collections.abc import Callable, Iterator
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -105,6 +106,19 @@ class Registry(Generic[T]):
             raise ConfigError(f"{self.what} '{name}' ({self._origins[name]}) can't be imported: {error}") from error
         self._targets[name] = loaded
         return loaded
+
+    def names_of(self, target: T) -> list[str]:
+        """The names that stand for an object, which is imported already. Imports nothing."""
+        self._scan()
+        found = []
+        for name, known in self._targets.items():
+            loaded: Any = known
+            if isinstance(known, str):
+                module, _, attribute = known.partition(":")
+                loaded = getattr(sys.modules.get(module), attribute, None)
+            if loaded is target:
+                found.append(name)
+        return found
 
     def describe(self, name: str) -> str:
         """One line on ``name``, read from its source without importing it.

@@ -421,7 +421,7 @@ class SequentialTrainer:
         def write(folder: Path) -> str:
             snippet = self.strategy.export(folder)
             shown = snippet.replace(str(folder), ".")
-            text = card(self._result(), self.config, shown, getattr(self.model, "base", None))
+            text = card(self._result(), self.config, shown, self.model.name, getattr(self.model, "base", None))
             (folder / "README.md").write_text(text, encoding="utf-8")
             return snippet
 

@@ -163,6 +163,31 @@ def test_a_module_a_strategy_by_name_and_a_few_sections_are_enough(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(net.parameters(), again.parameters(), strict=True))
 
 
+def test_a_strategy_that_is_an_object_is_written_down_and_another_one_is_refused(tmp_path):
+    from clkit.config import ReplayConfig, StrategyConfig
+    from clkit.strategies.naive import Naive
+    from clkit.strategies.replay import Replay
+    from clkit.tasks import build_tasks
+    from clkit.trainer import SequentialTrainer
+
+    tasks = build_tasks("digits", {"train_limit": 8, "eval_limit": 4})
+
+    def fit(strategy):
+        return SequentialTrainer(torch.nn.Linear(64, 10), strategy, directory=tmp_path / "run").fit(tasks)
+
+    options = Replay.config_class(replay=ReplayConfig(size=20))
+    first = fit(Replay(options))
+    written = resolve.load(tmp_path / "run" / "config.yaml").strategy
+    assert (written.name, written.config) == ("replay", options)
+    card = (tmp_path / "run" / "export" / "README.md").read_text()
+    assert "`Linear`, trained by" in card and "strategy `replay`" in card
+    assert np.array_equal(fit(Replay(options)).matrix, first.matrix, equal_nan=True)
+    with pytest.raises(CheckpointError, match='strategy.name: "replay" -> "naive"'):
+        fit(Naive(StrategyConfig(replay=options.replay)))
+    with api.open_run(tmp_path / "run", tasks, torch.nn.Linear(64, 10)) as trainer:
+        assert isinstance(trainer.strategy, Replay) and len(trainer.strategy.buffer) == 20
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision_follows_the_losses_of_full_precision(text_content, tmp_path, dtype):
     full = run(text_content, output_dir=str(tmp_path / "full"))
