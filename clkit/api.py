@@ -247,7 +247,7 @@ def open_run(
     # Its data as they were: what was forgotten after it began is still in what it learned.
     tasks = in_force(path, facts).apply(build.make_tasks(config, tasks))
     engine = build.make_engine(config.engine)
-    with directory.locked():
+    with directory.locked(to_read=True):
         directory.begin(resolve.to_dict(config), collect(tasks))
         if model is None:
             with engine.loading():

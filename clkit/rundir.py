@@ -81,13 +81,18 @@ class RunDirectory:
         return CheckpointStore(self.path / "checkpoints", self._keep)
 
     @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
+    def locked(self, *, to_read: bool = False) -> Iterator[None]:
         """Hold the run directory for this process; a second process is refused. May be nested.
+
+        ``to_read``: where this process can't write it holds nothing; it can read all the same.
 
         Raises:
             BusyError: another process holds it.
             CheckpointError: the directory can't be made or written.
         """
+        if to_read and self.path.is_dir() and not os.access(self.path, os.W_OK):
+            yield
+            return
         with disk_errors(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             if not os.access(self.path, os.W_OK):
@@ -322,7 +327,7 @@ class Follower(RunDirectory):
         return FollowerStore(self.path / "checkpoints", self._keep)
 
     @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
+    def locked(self, *, to_read: bool = False) -> Iterator[None]:
         """The first process holds the lock."""
         yield
 

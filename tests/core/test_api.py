@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 
 import pytest
 import torch
@@ -66,6 +67,18 @@ def test_a_module_and_tasks_made_in_python_are_used_and_asked_for_again(wrapped,
 def test_a_module_whose_output_does_not_fit_the_classes_is_a_data_error(module, digits, tmp_path):
     with pytest.raises(DataError, match=r"must give logits \(B, num_classes\), and these tasks have 10 classes"):
         clkit.fit(module, digits, output_dir=tmp_path / "run", eval={"initial": False}, train={"epochs": 5})
+
+
+def test_a_run_can_be_opened_where_nothing_can_be_written(digits, tmp_path, monkeypatch):
+    run_dir = clkit.fit(network(), digits, output_dir=tmp_path / "run").run_dir
+    (run_dir / ".lock").unlink(missing_ok=True)
+    before = {p: p.stat().st_mtime_ns for p in run_dir.rglob("*")}
+    monkeypatch.setattr("os.access", lambda path, mode: mode != os.W_OK)
+    with api.open_run(run_dir, tasks=digits, model=network()) as trainer, trainer.serving():
+        trainer.score_task(trainer.tasks[0])
+    assert {p: p.stat().st_mtime_ns for p in run_dir.rglob("*")} == before
+    with pytest.raises(CheckpointError, match="no permission to write"):
+        clkit.fit(network(), digits, output_dir=run_dir)
 
 
 def test_opening_a_run_changes_nothing_in_it(text_content, tmp_path):
