@@ -12,7 +12,7 @@ from clkit.config import opt
 from clkit.errors import Problem
 from clkit.rng import derive_seed
 from clkit.strategy import Capabilities
-from clkit.tasks.base import Examples, TextExamples
+from clkit.tasks.base import Examples, Task, TextExamples
 from clkit.tasks.batch import Batch, Encoded
 
 from . import losses
@@ -64,6 +64,11 @@ class IDK(Unlearner):
         if not config.answers or not all(answer.strip() for answer in config.answers):
             return [Problem("strategy.answers", "must list at least one answer, and no empty one")]
         return []
+
+    def begin_task(self, task: Task) -> None:
+        """Other records may be forgotten now, with refusals of their own."""
+        self._refusals = None
+        super().begin_task(task)
 
     def forget_loss(self, batch: Batch) -> Tensor:
         """By ``form``; a mean over rows."""

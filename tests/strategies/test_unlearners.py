@@ -143,3 +143,22 @@ def test_a_refusal_becomes_likelier_in_both_forms(text_content):
         refusals = strategy._encoded().batch(torch.arange(4))
         now, before = strategy.log_probs(refusals)[0], strategy.reference_log_probs(refusals)
         assert (now > before).all(), form
+
+
+def test_each_of_two_forgotten_tasks_has_refusals_to_its_own_prompts(text_content):
+    content = {**text_content, "strategy": {"name": "idk", "forget_tasks": ["blue", "green"], "epochs": 1}}
+    config = resolve.validate(content)
+    tasks = build.make_tasks(config)
+    model = build.make_model(config.model, tasks, 0, lambda text: None)
+    trainer = SequentialTrainer(model, build.make_strategy(config.strategy), config)
+    strategy, asked = trainer.strategy, []
+    forget_loss = strategy.forget_loss
+
+    def watched(batch):
+        refusals = strategy._encoded()
+        asked.append([refusals.ids[i] for i in batch.indices.tolist()] == list(batch.ids))
+        return forget_loss(batch)
+
+    strategy.forget_loss = watched
+    trainer.fit(tasks)
+    assert asked and all(asked)
