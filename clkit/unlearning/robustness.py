@@ -35,24 +35,28 @@ def relearn(
 def quantised(module: nn.Module, bits: int) -> Iterator[None]:
     """Within, the weights of all linear layers but the output layer are rounded; adapters are merged before.
 
-    Round to nearest, symmetric, one scale per row: what post-training quantisation without data does. Small changes,
+    Round to nearest, symmetric, one scale per output: what post-training quantisation without data does. Small changes,
     such as those of approximate unlearning, can be rounded away (Zhang et al. 2024).
 
     Args:
         module: a language model, with or without a peft adapter.
         bits: 4 or 8, say; at least 2.
     """
+    from transformers.pytorch_utils import Conv1D  # GPT-2's linear layer, its weight transposed
+
     adapted: Any = module if hasattr(module, "merge_adapter") else None
     whole: Any = base_model(module)
     head = whole.get_output_embeddings() if hasattr(whole, "get_output_embeddings") else None
-    layers = [m for n, m in module.named_modules() if isinstance(m, nn.Linear) and "lora_" not in n and m is not head]
+    linear = [(n, m) for n, m in module.named_modules() if isinstance(m, nn.Linear | Conv1D)]
+    layers: list[Any] = [m for n, m in linear if "lora_" not in n and m is not head]
     before = [layer.weight.detach().clone() for layer in layers]
     if adapted is not None:
         adapted.merge_adapter()
     try:
         with torch.no_grad():
             for layer in layers:
-                layer.weight.copy_(rounded(layer.weight, bits))
+                weight = layer.weight.T if isinstance(layer, Conv1D) else layer.weight
+                weight.copy_(rounded(weight, bits))
         yield
     finally:
         if adapted is not None:

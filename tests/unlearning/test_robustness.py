@@ -62,3 +62,17 @@ def test_a_rounded_row_has_its_own_scale_and_the_error_is_at_most_half_a_level()
     for bits in (4, 8):
         level = weight.abs().amax(1, keepdim=True) / (2 ** (bits - 1) - 1)
         assert ((rounded(weight, bits) - weight).abs() <= 0.5001 * level).all()
+
+
+def test_the_transposed_layers_of_gpt2_are_rounded_by_output_too():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    ends = {"bos_token_id": 0, "eos_token_id": 0}
+    module = GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=20, n_positions=8, **ends))
+    state = {k: v.clone() for k, v in module.state_dict().items()}
+    with quantised(module, 2):
+        for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"):
+            key = f"transformer.h.0.{name}.weight"
+            assert torch.equal(module.state_dict()[key], rounded(state[key].T, 2).T), name
+        assert torch.equal(module.lm_head.weight, state["lm_head.weight"])
+    assert all(torch.equal(v, state[k]) for k, v in module.state_dict().items())
