@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+_SAME = 1e-12  # relative: scores of a few decimals differ by rounding alone below it, as .62 - .6 and .52 - .5 do
 _EXACT = 12  # differences up to which all 2**n signs are gone through where ties rule scipy's exact table out
 
 
@@ -39,8 +40,8 @@ class Paired:
 
     Attributes:
         difference: its mean, with standard deviation and interval over seeds.
-        wilcoxon_p: two-sided p-value of Wilcoxon's signed-rank test. With n pairs it is at least 2 / 2**n, so five
-            seeds or fewer can't bring it below 0.05.
+        wilcoxon_p: two-sided p-value of Wilcoxon's signed-rank test; differences that only rounding tells apart are
+            ties. With n pairs it is at least 2 / 2**n, so five seeds or fewer can't bring it below 0.05.
     """
 
     difference: Estimate
@@ -88,7 +89,21 @@ def paired(first: ArrayLike, second: ArrayLike) -> Paired:
     a, b = _finite(first, "first"), _finite(second, "second")
     if len(a) != len(b):
         raise ValueError(f"`first` and `second` must have one value per seed each, got {len(a)} and {len(b)}")
-    return Paired(estimate(a - b), _wilcoxon(a - b))
+    return Paired(estimate(a - b), _wilcoxon(_apart(a, b)))
+
+
+def _apart(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float64]:
+    """``a - b`` with what is equal but for rounding made equal, and 0 where it is nothing."""
+    found = a - b
+    blur = _SAME * np.maximum(np.abs(a), np.abs(b))
+    found[np.abs(found) <= blur] = 0
+    order = np.abs(found).argsort()
+    sizes, blur = np.abs(found)[order], blur[order]
+    for i in range(1, len(sizes)):
+        if sizes[i] - sizes[i - 1] <= max(blur[i], blur[i - 1]):
+            sizes[i] = sizes[i - 1]
+    found[order] = np.copysign(sizes, found[order])
+    return found
 
 
 def _wilcoxon(differences: NDArray[np.float64]) -> float | None:

@@ -62,6 +62,19 @@ def test_wilcoxons_p_is_that_of_going_through_all_signs(differences):
         assert found == pytest.approx(exact_p(nonzero))
 
 
+@settings(deadline=None, max_examples=50)
+@given(st.lists(st.tuples(st.integers(0, 100), st.integers(0, 100)), min_size=1, max_size=9))
+def test_rounding_tells_no_ties_apart(percents):
+    first, second = zip(*percents, strict=True)
+    found = paired([x / 100 for x in first], [x / 100 for x in second]).wilcoxon_p
+    assert found == paired(first, second).wilcoxon_p
+
+
+def test_means_of_the_same_scores_in_another_order_are_no_difference():
+    first, second = [np.mean([0.8, 0.7, 0.9])] * 6, [np.mean([0.7, 0.9, 0.8])] * 6
+    assert first != second and paired(first, second).wilcoxon_p is None
+
+
 def test_a_paired_difference_is_the_first_minus_the_second():
     found = paired([0.9, 0.8, 0.85, 0.7, 0.95], [0.5, 0.6, 0.55, 0.6, 0.45])
     assert found.difference.mean == pytest.approx(0.3)
