@@ -28,6 +28,10 @@ _UNSEEN = (
     "engine.per_unit: a parameter has a gradient, but Opacus' hooks did not see that of every example; take "
     "engine.per_unit=loop"
 )
+_MERGED = (
+    "engine.per_unit: a trained layer gets the tokens of all examples as rows of one matrix (as fc1 and fc2 of OPT and "
+    "the experts of mixtures do), so Opacus' hooks would clip each token by itself; take engine.per_unit=loop"
+)
 
 
 class Clipper:
@@ -103,6 +107,8 @@ class Clipper:
             kept = getattr(parameter, "grad_sample", None)
             if isinstance(kept, list) or (kept is None and (moved if leaves else parameter.grad is not None)):
                 raise CapabilityError(_UNSEEN)
+            if kept is not None and len(kept) != len(losses):
+                raise CapabilityError(_MERGED)
             found.append(kept)
             parameter.grad = None
             parameter.grad_sample = None  # type: ignore[attr-defined]
@@ -115,6 +121,8 @@ class Clipper:
             norm = parameter.__dict__.pop("_norm_sample", None)
             if norm is None and parameter.grad is not None:
                 raise CapabilityError(_UNSEEN)
+            if norm is not None and len(norm) != len(losses):
+                raise CapabilityError(_MERGED)
             norms += [] if norm is None else [norm]
             parameter.grad = None
         factors = self._factors(torch.stack(norms).norm(dim=0))

@@ -232,6 +232,49 @@ def test_models_that_opacus_can_not_clip_go_through_the_loop(what):
     assert_near(dict(enumerate(clipper.take())), clipped_sum(each, 0.1))
 
 
+@pytest.mark.parametrize("way", ["hooks", "ghost"])
+def test_a_layer_that_gets_all_tokens_as_rows_of_one_matrix_is_refused(way):
+    class Merged(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = torch.nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.layer(x.reshape(-1, 4)).view(x.shape)
+
+    module = Merged().train()
+    clipper = Clipper(module, list(module.parameters()), 0.1, way)
+    clipper.expect([0, 1, 2])
+    with pytest.raises(CapabilityError, match="engine.per_unit=loop"):
+        clipper.add(module(torch.ones(3, 5, 4)).square().mean((1, 2)), [0, 1, 2])
+    clipper.close()
+
+
+def test_an_adapter_on_opts_feed_forward_layers_is_clipped_by_records_or_refused():
+    import peft
+    from transformers import OPTConfig, OPTForCausalLM
+
+    shape = {"hidden_size": 16, "word_embed_proj_dim": 16, "ffn_dim": 24, "num_hidden_layers": 1}
+    config = OPTConfig(vocab_size=40, num_attention_heads=2, max_position_embeddings=32, dropout=0.0, **shape)
+    lora = peft.LoraConfig(r=2, target_modules=["fc1", "fc2"], init_lora_weights=False)
+    module = peft.get_peft_model(OPTForCausalLM(config), lora).train()
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    row = torch.arange(3, 12)[None]
+
+    def clipped(way):
+        clipper = Clipper(module, parameters, 1e-3, way)
+        clipper.expect([0])
+        try:
+            clipper.add(module(input_ids=row, labels=row).loss[None], [0])
+            return torch.cat([g.flatten() for g in clipper.take()]).norm()
+        finally:
+            clipper.close()
+
+    with pytest.raises(CapabilityError, match="engine.per_unit=loop"):
+        clipped("hooks")
+    assert clipped("loop") <= 1e-3
+
+
 def test_a_batch_that_did_not_come_whole_is_never_used(varied):
     trainer = private(varied)
     engine, batch = trainer.engine, batch_of(trainer, ROWS)
