@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
 
 from clkit.config import EngineConfig, TrainConfig, opt
 from clkit.engine import launch
@@ -159,14 +160,18 @@ class PrivateEngine(LocalEngine):
         """Move the module to the device.
 
         Raises:
-            CapabilityError: batch normalisation is trained in it, or it computes in float16.
+            CapabilityError: batch normalisation, or one that keeps statistics, is trained in it; or it computes in
+                float16.
         """
         super().prepare(model)
         if self._scaler is not None:
             raise CapabilityError("model.dtype: the loss scaling of float16 is not supported by the private engine")
         self._module = model.module
-        if _would_train_batch_norm(model.module):
+        trained = _trained_modules(model.module)
+        if any(isinstance(m, _BatchNorm) for m in trained):
             raise CapabilityError(f"model.name: '{model.name}' has batch normalisation. {_COUPLES}")
+        if any(isinstance(m, _InstanceNorm) and m.running_mean is not None for m in trained):
+            raise CapabilityError(f"model.name: '{model.name}' has instance normalisation {_KEEPS}")
 
     def record_in(self, directory: RunDirectory) -> None:
         """Keep the count of noisy steps in ``noisy_steps.txt``."""
@@ -326,14 +331,15 @@ class PrivateEngine(LocalEngine):
 
 
 _COUPLES = "It mixes the examples of a batch, so no gradient is one example's; take another, or freeze the backbone"
+_KEEPS = "with running statistics, which would be saved without noise; set track_running_stats=False in it"
 
 
-def _would_train_batch_norm(module: nn.Module) -> bool:
-    """Whether it takes batch statistics once it trains, whatever mode it is in now; a frozen part of it never does."""
+def _trained_modules(module: nn.Module) -> list[nn.Module]:
+    """Those in training mode once it trains, whatever mode it is in now; a frozen part of it never is."""
     modes = [(m, m.training) for m in module.modules()]
     module.train()
     try:
-        return any(isinstance(m, _BatchNorm) and m.training for m in module.modules())
+        return [m for m in module.modules() if m.training]
     finally:
         for m, mode in modes:
             m.training = mode

@@ -238,6 +238,20 @@ def test_batch_norm_is_refused_too_where_a_module_comes_in_evaluation_mode(visio
     assert not module.training
 
 
+def test_running_statistics_of_instance_normalisation_are_refused_because_they_get_no_noise(vision_content):
+    tasks = build.make_tasks(resolve.validate(vision_content))
+    engine = {"name": "private", "noise_multiplier": 1.0, "device": "cpu"}
+    private = resolve.validate({**vision_content, "model": {"name": "mlp"}, "engine": engine})
+
+    def network(**options):
+        first = nn.Conv2d(tasks[0].train.inputs.shape[1], 2, 3), nn.InstanceNorm2d(2, **options), nn.ReLU()
+        return nn.Sequential(*first, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2, 10))
+
+    with pytest.raises(CapabilityError, match="running statistics"):
+        api.run(private, model=network(track_running_stats=True))
+    api.run(private, model=network(affine=True))
+
+
 def test_strategies_whose_loss_couples_examples_are_refused(content):
     for name in ("lwf", "ilora", "reglora"):
         with pytest.raises(ConfigError, match=f"strategy '{name}' does not run on 'private'"):
