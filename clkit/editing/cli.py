@@ -61,10 +61,12 @@ def _edit(arguments: Any) -> None:
 
 
 def _apply(arguments: Any) -> None:
-    from clkit.editing.request import read_requests
+    from clkit.editing.request import lasting, read_requests
     from clkit.editing.store import held
 
     records = read_requests(arguments.requests)  # every malformed one is found before the model is loaded
+    if arguments.on_conflict == "replace":
+        records = lasting(records)
     _section(arguments)
     with held(arguments.output):  # from before the model is loaded to the report: a second command is refused at once
         _learn(arguments, records)

@@ -14,7 +14,7 @@ import torch
 from clkit.config import LoraConfig, ModelConfig, Plugin
 from clkit.editing import judging
 from clkit.editing.journal import Journal
-from clkit.editing.request import EditRequest, checked, conflicts
+from clkit.editing.request import EditRequest, checked, conflicts, lasting, replaced
 from clkit.editing.store import (
     Saved,
     check_base,
@@ -27,7 +27,7 @@ from clkit.editing.store import (
     write_head,
 )
 from clkit.editing.strategy import EditStrategy, Explanation, language_model
-from clkit.errors import CheckpointError, ConfigError, Problem, RequestError, did_you_mean
+from clkit.errors import CheckpointError, ClkitError, ConfigError, Problem, RequestError, did_you_mean
 from clkit.evaluation.base import evaluation_mode
 from clkit.files import disk_errors
 from clkit.models import load_model
@@ -178,7 +178,8 @@ class Editor:
 
         Args:
             requests: what to change.
-            on_conflict: ``error``, or ``replace``: the last of several answers to one prompt wins.
+            on_conflict: ``error``, or ``replace``: the last of several answers to one prompt wins. Where it can't be
+                learned, the one before is learned again.
             progress: gets each journal entry.
 
         Returns:
@@ -195,7 +196,7 @@ class Editor:
             records = checked(given)  # type: ignore[arg-type]
         self._check(records, on_conflict)
         with self._holding():
-            return self._learned(records, progress)
+            return self._learned(lasting(records), progress)
 
     def _learned(
         self, records: Sequence[EditRecord], progress: Callable[[dict[str, Any]], None] | None
@@ -204,9 +205,15 @@ class Editor:
         for record in records:
             if record.id in self.records:
                 continue
-            for earlier, _ in conflicts([record], self.records.values()):
-                self.rollback(earlier.id)
-            made.append(self._edit(record))
+            earlier = replaced(record, self.records.values())
+            if earlier:
+                self._take_back([r.id for r in earlier])
+            try:
+                made.append(self._edit(record))
+            except ClkitError:
+                for before in earlier if record.id not in self.records else []:
+                    self._edit(before)
+                raise
             if progress is not None:
                 progress(made[-1])
         if made or not self._settled:  # all may have been made by a process that was killed right after
@@ -258,10 +265,13 @@ class Editor:
             known = [*self.records, *memories]
             raise RequestError(f"There is no active edit or memory '{name}'.{did_you_mean(name, known)}")
         with self._holding():
-            again = self.strategy.forget(ids, dict(self.records))
-            for i in ids:
-                del self.records[i]
-            self._record({"kind": "rollback", "ids": ids, "relearned": again})
+            return self._take_back(ids)
+
+    def _take_back(self, ids: list[str]) -> Rollback:
+        again = self.strategy.forget(ids, dict(self.records))
+        for i in ids:
+            del self.records[i]
+        self._record({"kind": "rollback", "ids": ids, "relearned": again})
         return Rollback(tuple(ids), tuple(again))
 
     def memories(self) -> dict[str, list[str]]:

@@ -110,5 +110,17 @@ def conflicts(records: Sequence[EditRecord], active: Iterable[EditRecord]) -> li
     return found
 
 
+def replaced(record: EditRecord, active: Iterable[EditRecord]) -> list[EditRecord]:
+    """Those of ``active`` that give another answer to the prompt of ``record``."""
+    key = _key(record)
+    return [other for other in active if other.target_new != record.target_new and _key(other) == key]
+
+
+def lasting(records: Sequence[EditRecord]) -> list[EditRecord]:
+    """The records that give the last of several answers to their prompt."""
+    last = {_key(record): record.target_new for record in records}
+    return [record for record in records if record.target_new == last[_key(record)]]
+
+
 def _key(record: EditRecord) -> str:
     return " ".join(record.prompt.split())

@@ -14,7 +14,7 @@ import clkit
 from clkit.editing import attach
 from clkit.editing.journal import Journal
 from clkit.editing.store import fingerprint, held
-from clkit.errors import BusyError, CheckpointError, ConfigError, ModelError, RequestError
+from clkit.errors import BusyError, CheckpointError, ClkitError, ConfigError, ModelError, NumericalError, RequestError
 
 METHOD = {
     "name": "wise",
@@ -150,6 +150,38 @@ def test_conflicts_are_reported_and_replaced_only_when_asked(edited):
     edited.edit([other], on_conflict="replace")
     assert list(edited.records) == ["e1", "e2", "new"]
     assert [e["kind"] for e in edited.journal.entries] == ["edit"] * 3 + ["rollback", "edit"]
+
+
+def test_a_new_answer_replaces_every_edit_of_its_prompt(load):
+    editor = load()
+    editor.edit([request(0), request(0, id="the same again"), request(1)])
+    editor.edit([request(0, id="new", target_new="z")], on_conflict="replace")
+    assert list(editor.records) == ["e1", "new"]
+    assert sorted(i for ids in editor.memories().values() for i in ids) == ["e1", "new"]
+
+
+def test_the_same_replacing_requests_again_change_nothing(load):
+    editor, requests = load(), [request(0), request(0, id="new", target_new="z"), request(1)]
+    assert [e["id"] for e in editor.edit(requests, on_conflict="replace")] == ["new", "e1"]
+    assert editor.edit(requests, on_conflict="replace") == []
+
+
+@pytest.mark.parametrize("target", ["z" * 5000, "z"], ids=["too long", "not finite"])
+def test_an_answer_stays_when_the_one_that_replaces_it_can_not_be_learned(load, monkeypatch, target):
+    editor = load()
+    editor.edit([request(0), request(1)])
+    learn = editor.strategy.learn
+
+    def failing(record):
+        if record.id == "new":
+            raise NumericalError("The loss of the edit is nan.")
+        return learn(record)
+
+    monkeypatch.setattr(editor.strategy, "learn", failing)
+    with pytest.raises(ClkitError):
+        editor.edit([request(0, id="new", target_new=target)], on_conflict="replace")
+    assert {i: r.target_new for i, r in editor.records.items()} == {"e0": "a", "e1": "b"}
+    assert sorted(i for ids in editor.memories().values() for i in ids) == ["e0", "e1"]
 
 
 def test_a_strategy_that_does_not_edit_is_refused(tiny_llama):
