@@ -8,6 +8,8 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import partial
+from types import MethodType
 from typing import Any, NamedTuple
 
 import torch
@@ -146,8 +148,8 @@ class PromptRouter:
         after = decoder.register_forward_hook(uncompiled(self._after), with_kwargs=True, always_call=True)
         self._undo = [before.remove, after.remove]
         if callable(getattr(lm, "generate", None)):
-            own, plain = lm.__dict__.get("generate"), lm.generate
-            lm.generate = self._generating(plain)
+            own = lm.__dict__.get("generate")
+            lm.generate = MethodType(self._generating(own), lm)
 
             def restore() -> None:
                 if own is None:
@@ -246,8 +248,11 @@ class PromptRouter:
         times = len(x) // len(sums.total)  # a cache of one prompt for several beams
         return Sums(sums.total.repeat_interleave(times, 0), sums.tokens.repeat_interleave(times, 0), sums.seen)
 
-    def _generating(self, plain: Any) -> Any:
-        def generate(*args: Any, **kwargs: Any) -> Any:
+    def _generating(self, own: Any) -> Any:
+        """A method that replaces the class's, or the ``own`` one of a model; a deep copy of the model runs the copy."""
+
+        def generate(lm: Any, *args: Any, **kwargs: Any) -> Any:
+            plain = partial(type(lm).generate, lm) if own is None else own
             outer = getattr(self._local, "generation", None)
             self._local.generation = _Generation(_given(args, kwargs))
             try:

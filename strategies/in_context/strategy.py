@@ -6,10 +6,12 @@ import inspect
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from functools import partial
+from types import MethodType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from clkit.config import opt
 from clkit.editing.layer_edits import LayerEditConfig, LayerEdits
@@ -49,9 +51,9 @@ class InContext(LayerEdits):
         self.router = PromptRouter()
         decoder = self.location.decoder
         self.router.install(self.location.lm, decoder)
-        self._own, self._plain = decoder.__dict__.get("forward"), decoder.forward
+        self._own = decoder.__dict__.get("forward")
         self._signature = inspect.signature(type(decoder).forward)
-        decoder.forward = uncompiled(self._forward)
+        decoder.forward = MethodType(uncompiled(self._forward), decoder)  # a deep copy of the model runs the copy
         reads_rows(self.location.lm)
 
     def detach(self) -> None:
@@ -119,10 +121,11 @@ class InContext(LayerEdits):
         return normal(readings.float(), dim=-1) @ normal(keys, dim=-1).T
 
     # --- answering --------------------------------------------------------------------------------------------------
-    def _forward(self, *args: Any, **kwargs: Any) -> Any:
+    def _forward(self, decoder: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """The decoder's forward pass, with what is told to the model in it."""
+        plain: Any = partial(type(decoder).forward, decoder) if self._own is None else self._own
         if self.router.off or not self.edits:
-            return self._plain(*args, **kwargs)
+            return plain(*args, **kwargs)
         given = dict(self._signature.bind_partial(self.location.decoder, *args, **kwargs).arguments)
         given |= given.pop("kwargs", {})
         given.pop("self", None)
@@ -141,7 +144,7 @@ class InContext(LayerEdits):
                 )
             call.choice = self._insertions(ids, call)
         if not any(row.tokens for row in call.choice):
-            return self._plain(*args, **kwargs)
+            return plain(*args, **kwargs)
         wide = Widening(call.choice, ids.device)
         past = max(call.past - wide.extra, 0)
         mask = call.mask if isinstance(call.mask, Tensor) else ids.new_ones(len(ids), past + ids.shape[1])
@@ -149,7 +152,7 @@ class InContext(LayerEdits):
         told = given if call.past else given | {"input_ids": wide.ids(ids, self.model.tokenizer.pad_token_id)}
         new = told["input_ids"].shape[1]
         told = told | {"attention_mask": mask, "position_ids": position_ids(mask)[:, -new:]}
-        output = self._plain(**told)
+        output = plain(**told)
         if not call.past:
             output.last_hidden_state = wide.narrowed(output.last_hidden_state)
         return output

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import json
 
@@ -62,6 +63,23 @@ def test_it_saves_loads_goes_on_and_takes_back(name, tiny_llama, tmp_path):
     for i in ("e0", "e2"):
         editor.rollback(i)
     assert same(answers(editor), plain) and not editor.memories()
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_deep_copy_runs_its_own_weights(name, tiny_llama):
+    editor = clkit.Editor.load(tiny_llama, section(name), device="cpu", prompt="plain")
+    editor.edit(requests(0, 1))
+    model = editor.model.module
+    changed = copy.deepcopy(model)
+    ids = torch.tensor([editor.model.tokenizer(PROMPTS[0]).input_ids])
+    settings = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(changed.generate(ids, **settings), model.generate(ids, **settings))
+    with torch.inference_mode():
+        changed.lm_head.weight.zero_()
+        changed.get_decoder().norm.weight.zero_()
+        assert not changed(ids).logits.any()
+    written = changed.generate(ids, **settings)
+    assert not torch.equal(written, model.generate(ids, **settings)) and not written[0, -3:].any()
 
 
 @pytest.mark.parametrize("name", METHODS)
