@@ -42,7 +42,7 @@ class FTLayer(TrainedChange):
     def attach(self, model: CausalLM, seed: int) -> None:
         """Nothing is added before the first edit."""
         super().attach(model, seed)
-        self.additions = Additions({self.location.name: self.location.projection})
+        self.additions = Additions({self.location.name: self.location.projection}, self.location.decoder)
 
     def start(self) -> dict[str, Change]:
         """No change."""

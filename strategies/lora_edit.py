@@ -44,7 +44,7 @@ class LoraEdit(TrainedChange):
     def attach(self, model: CausalLM, seed: int) -> None:
         """Nothing is added before the first edit."""
         super().attach(model, seed)
-        self.additions = Additions(block_layers(self.location))
+        self.additions = Additions(block_layers(self.location), self.location.decoder)
 
     def start(self) -> dict[str, Change]:
         """A drawn as peft draws it, B zero: the function does not change."""

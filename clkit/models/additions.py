@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from clkit.models.location import guard
+
 _PLACE = "added_change"
 
 
@@ -85,18 +87,21 @@ class Additions:
     The changes are below their layers: they move with the model and are in its ``state_dict``.
 
     Args:
-        layers: by name.
+        layers: by their names below ``decoder``.
+        decoder: holds them.
 
     Attributes:
         changes: what is added now, by the layer's name.
         off: True while nothing is added.
     """
 
-    def __init__(self, layers: Mapping[str, nn.Module]) -> None:
+    def __init__(self, layers: Mapping[str, nn.Module], decoder: nn.Module) -> None:
         self.layers = dict(layers)
         self.changes: dict[str, Change] = {}
         self.off = False
-        self._hooks = [layer.register_forward_hook(self._adding(name)) for name, layer in self.layers.items()]
+        hooks = {name: (layer, self._adding(name)) for name, layer in self.layers.items()}
+        self._undo = [layer.register_forward_hook(hook).remove for layer, hook in hooks.values()]
+        self._undo.append(guard(decoder, hooks))
 
     def put(self, changes: Mapping[str, Change]) -> None:
         """Replace all changes; layers that are not named get none."""
@@ -109,8 +114,8 @@ class Additions:
     def remove(self) -> None:
         """Take everything off; the model is what it was before, bit for bit."""
         self.put({})
-        for hook in self._hooks:
-            hook.remove()
+        for undo in self._undo:
+            undo()
 
     @contextlib.contextmanager
     def switched_off(self) -> Iterator[None]:

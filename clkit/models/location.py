@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from clkit.errors import CapabilityError, ConfigError, did_you_mean
 from clkit.models.lora import base_model
+from clkit.models.routing import uncompiled
 
 # How the blocks of an architecture call the matrix that closes their feed-forward part. One that fits is enough:
 # Llama, Mistral, Qwen, Gemma, SmolLM2, Phi-3 | GPT-J | GPT-2 | Phi, Phi-2 | GPT-NeoX, Falcon | MPT
@@ -104,6 +106,33 @@ def block_layers(location: Location) -> dict[str, nn.Module]:
     names = dict(location.decoder.named_modules())
     prefix = next(n for n, m in names.items() if m is location.blocks)
     return {name: names[name] for name in _matrices(names, f"{prefix}.")}
+
+
+def guard(decoder: nn.Module, hooks: Mapping[str, tuple[nn.Module, Any]]) -> Callable[[], None]:
+    """Refuse passes of ``decoder`` once layers with an adapter lost their hooks: peft unloads one by putting the layer
+    inside in its place.
+
+    Args:
+        decoder: holds the layers.
+        hooks: by a layer's name below the decoder, the layer and the forward hook on it.
+
+    Returns:
+        What takes the guard off again.
+    """
+    adapted = {name: hook for name, (layer, hook) in hooks.items() if hasattr(layer, "get_base_layer")}
+    if not adapted:
+        return lambda: None
+
+    def check(module: nn.Module, args: Any) -> None:
+        for name, hook in adapted.items():
+            parts = module.get_submodule(name).modules()
+            if not any(own is hook for part in parts for own in part._forward_hooks.values()):
+                raise CapabilityError(
+                    "The edits are on an adapter that was merged or unloaded since, so none would be answered. Merge "
+                    "first and attach the edits then (check=False, since merged weights are others)."
+                )
+
+    return decoder.register_forward_pre_hook(uncompiled(check)).remove
 
 
 def _by_name(where: str, known: list[str]) -> str:

@@ -16,6 +16,7 @@ from clkit.editing.layer_edits import LayerEdits, LearnedEditConfig
 from clkit.editing.losses import target_loss
 from clkit.editing.strategy import EditOutcome, Explanation
 from clkit.models.causal_lm import CausalLM
+from clkit.models.location import guard
 from clkit.models.routing import PromptRouter, at_last_token, uncompiled
 from clkit.modes import evaluating
 from clkit.strategies.grace.codebook import Codebook, Entry, admit, unit
@@ -49,11 +50,14 @@ class Grace(LayerEdits):
         self._gaps: Tensor | None = None  # (B, N) of the newest pass in which something was decided
         self.router = PromptRouter()
         self.router.install(self.location.lm, self.location.decoder)
-        self._hook = self.location.projection.register_forward_hook(uncompiled(self._replace))
+        replace_output = uncompiled(self._replace)
+        self._hook = self.location.projection.register_forward_hook(replace_output)
+        self._unguard = guard(self.location.decoder, {self.location.name: (self.location.projection, replace_output)})
 
     def detach(self) -> None:
         """Take everything off; the model is what it was, bit for bit."""
         self._hook.remove()
+        self._unguard()
         self.router.remove()
         self.location.projection._modules.pop(_PLACE, None)
 

@@ -50,7 +50,7 @@ class Memit(ChangedLayers):
     def attach(self, model: CausalLM, seed: int) -> None:
         """Nothing is added before the first edit."""
         super().attach(model, seed)
-        self.additions = Additions({self.location.name: self.location.projection})
+        self.additions = Additions({self.location.name: self.location.projection}, self.location.decoder)
         self.pairs: dict[str, tuple[Tensor, Tensor]] = {}
         self._moment: KeyMoment | None = None
 

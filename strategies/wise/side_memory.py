@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clkit.models.location import Location
+from clkit.models.location import Location, guard
 from clkit.models.routing import uncompiled
 from clkit.strategies.wise.delta import SparseDelta
 from clkit.strategies.wise.router import Router
@@ -86,12 +86,15 @@ class SideLayer:
         self.router = router
         self.memories = nn.ModuleList()
         location.projection.add_module("side_memories", self.memories)
-        self._hook = location.projection.register_forward_hook(uncompiled(self._add))
+        add = uncompiled(self._add)
+        self._hook = location.projection.register_forward_hook(add)
+        self._unguard = guard(location.decoder, {location.name: (location.projection, add)})
         router.install(location.lm, location.decoder)
 
     def remove(self) -> None:
         """Take the memories off; the model is what it was before, bit for bit."""
         self._hook.remove()
+        self._unguard()
         self.router.remove()
         self.location.projection._modules.pop("side_memories", None)
 

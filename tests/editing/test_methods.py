@@ -11,6 +11,7 @@ import torch
 
 import clkit
 from clkit.cli import main
+from clkit.errors import CapabilityError
 from clkit.registry import STRATEGIES
 
 METHODS = [n for n in STRATEGIES.names() if STRATEGIES.get(n).capabilities.kinds == {"edit"}]
@@ -80,6 +81,35 @@ def test_a_deep_copy_runs_its_own_weights(name, tiny_llama):
         assert not changed(ids).logits.any()
     written = changed.generate(ids, **settings)
     assert not torch.equal(written, model.generate(ids, **settings)) and not written[0, -3:].any()
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "in_context"])
+def test_an_adapter_that_is_unloaded_under_the_edits_does_not_take_them_along_silently(name, tiny_llama, tmp_path):
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    editor = clkit.Editor.load(tiny_llama, section(name), device="cpu", prompt="plain")
+    editor.edit(requests(0, 1))
+    editor.save(tmp_path / "saved")
+    ids = torch.tensor([editor.model.tokenizer(PROMPTS[0]).input_ids])
+    every = LoraConfig(r=2, target_modules="all-linear")  # changes nothing: B is zero
+    with torch.inference_mode():
+        expected = editor.model.module(ids).logits
+        base = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32).eval()
+        strategy = clkit.editing.attach(base, tmp_path / "saved")
+        above = get_peft_model(base, every).eval().merge_and_unload()
+        torch.testing.assert_close(above(ids).logits, expected, rtol=0, atol=1e-5)
+        strategy.detach()
+        wrapped = get_peft_model(base, every).eval()
+        strategy = clkit.editing.attach(wrapped, tmp_path / "saved")
+        torch.testing.assert_close(wrapped(ids).logits, expected, rtol=0, atol=1e-5)
+        merged = wrapped.merge_and_unload()
+        with pytest.raises(CapabilityError, match="adapter that was merged or unloaded"):
+            merged(ids)
+        strategy.detach()
+        assert not torch.allclose(merged(ids).logits, expected, rtol=0, atol=1e-5)
+        clkit.editing.attach(merged, tmp_path / "saved", check=False)
+        torch.testing.assert_close(merged(ids).logits, expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", METHODS)
