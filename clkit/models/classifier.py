@@ -128,6 +128,8 @@ class Classifier(Model):
         super().__init__(config.name, module, {**(provenance or {}), "dtype": "float32"})
         self.config = config
         self.tokenizer = tokenizer
+        if tokenizer is not None and tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.eos_token  # padding is masked, so any token will do
         self.input_shape = input_shape
         self.num_classes: int = module.head.out_features
         chosen = DTYPES.get(config.dtype)
@@ -220,13 +222,17 @@ class Classifier(Model):
         if (structure := structure_of(self.module)) is not None:
             content["structure"] = structure
         (directory / "config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        inputs = "x)  # (B, ...)"
+        inputs, read = "x)  # (B, ...)", ""
         if self.tokenizer is not None:
-            inputs = "**model.tokenizer(texts, padding=True, return_tensors='pt', return_token_type_ids=False))"
+            inputs = "**inputs)"
+            read = (
+                f"inputs = model.tokenizer(texts, truncation=True, max_length={self._max_length()}, padding=True,\n"
+                "    padding_side='right', return_tensors='pt', return_token_type_ids=False)\n"
+            )
         return (
             "from clkit.models import load_classifier\n"
             f"model = load_classifier({str(directory)!r})\n"
-            f"logits = model.module({inputs}\n"
+            f"{read}logits = model.module({inputs}\n"
         )
 
 
