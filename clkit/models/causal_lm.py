@@ -159,7 +159,12 @@ class CausalLM(Model):
         module: Any = self.module
         with routed():
             # Not "auto" for the embeddings: that asks the hub, and adapters do not change them.
-            module.save_pretrained(directory, save_embedding_layers=False)
+            active = str(module.active_adapter)
+            module.save_pretrained(directory, selected_adapters=[active], save_embedding_layers=False)
+            if active != "default":  # peft puts it into a folder of that name, where loading does not look
+                for file in (directory / active).iterdir():
+                    file.replace(directory / file.name)
+                (directory / active).rmdir()
             self.tokenizer.save_pretrained(directory)
         local = self.provenance.get("directory", self.base)
         note = f"  # elsewhere: {self.base!r}" if local != self.base else ""

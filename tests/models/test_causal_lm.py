@@ -269,6 +269,24 @@ def test_an_exported_adapter_loads_with_plain_peft_and_gives_the_same_logits(lm_
     assert not any(p.suffix == ".bin" for p in (tmp_path / "out").iterdir())
 
 
+def test_the_adapter_that_serves_is_exported_whatever_it_is_called(lm_directory, tmp_path):
+    from peft import LoraConfig as PeftConfig
+    from peft import get_peft_model
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    base = AutoModelForCausalLM.from_pretrained(lm_directory)
+    options = {"r": 2, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM", "init_lora_weights": False}
+    module = get_peft_model(base, PeftConfig(**options))
+    module.add_adapter("mine", PeftConfig(**options))
+    module.set_adapter("mine")
+    model = wrap(module, AutoTokenizer.from_pretrained(lm_directory))
+    loaded = execute(model.export(tmp_path / "out"))["model"].eval()
+    assert not [p for p in (tmp_path / "out").iterdir() if p.is_dir()]
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad():
+        assert torch.equal(loaded(input_ids=ids).logits, module.eval()(input_ids=ids).logits)
+
+
 def test_an_exported_adapter_is_put_on_a_base_of_the_type_that_was_scored(lm_directory, tmp_path):
     half = tmp_path / "half"
     shutil.copytree(lm_directory, half)
