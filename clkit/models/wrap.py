@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_model
 from torch import Tensor, nn
 
-from clkit.errors import DataError
+from clkit.errors import CapabilityError, DataError
 from clkit.models.base import Model
 from clkit.models.encoded_examples import EncodedTensors
 from clkit.tasks.base import Examples, Kind, LabelledExamples
@@ -27,6 +27,9 @@ def wrap(module: nn.Module, tokenizer: Any = None, name: str = "") -> Model:
         tokenizer: a fast transformers tokenizer.
         name: for messages and tables; the module's class by default.
 
+    Raises:
+        CapabilityError: the module's adapter is of prompt or prefix tuning.
+
     Example:
         >>> from torch import nn
         >>> wrap(nn.Linear(4, 2)).kinds
@@ -37,6 +40,12 @@ def wrap(module: nn.Module, tokenizer: Any = None, name: str = "") -> Model:
         return ModuleClassifier(name, module)
     from clkit.models.causal_lm import CausalLM
 
+    if getattr(getattr(module, "active_peft_config", None), "is_prompt_learning", False):
+        # Its virtual tokens would shift the targets, and generation runs on the model below the adapter.
+        raise CapabilityError(
+            f"Model '{name}': a {type(module.active_peft_config).__name__} adapter puts tokens of its own before the "
+            "prompt, which clkit neither trains nor scores; take one that changes layers, such as LoRA."
+        )
     base = getattr(getattr(module, "config", None), "_name_or_path", "")
     return CausalLM(name, module, tokenizer, base=base)
 

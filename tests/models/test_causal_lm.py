@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from clkit.config import LoraConfig, ModelConfig
-from clkit.errors import DataError, ModelError
+from clkit.errors import CapabilityError, DataError, ModelError
 from clkit.models import load_model, wrap
 from clkit.models.causal_lm import CausalLM
 from clkit.models.lora import attach_lora, base_model
@@ -180,6 +180,17 @@ def test_a_wrapped_model_needs_no_token_to_pad_with(lm_directory):
     batches = [m.encode(EXAMPLES).batch(torch.arange(4)) for m in (model, wrapped)]
     assert torch.equal(wrapped.loss(batches[1]), model.loss(batches[0]))
     assert wrapped.generate(batches[1].source, range(4), 6) == model.generate(batches[0].source, range(4), 6)
+
+
+@pytest.mark.parametrize("kind", ["PromptTuningConfig", "PrefixTuningConfig"])
+def test_adapters_of_tokens_before_the_prompt_are_refused(kind, lm_directory):
+    import peft
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    base = AutoModelForCausalLM.from_pretrained(lm_directory)
+    module = peft.get_peft_model(base, getattr(peft, kind)(task_type="CAUSAL_LM", num_virtual_tokens=2))
+    with pytest.raises(CapabilityError, match="puts tokens of its own before the prompt.*LoRA"):
+        wrap(module, AutoTokenizer.from_pretrained(lm_directory))
 
 
 def test_adapters_come_from_the_generator_and_leave_the_global_one_alone(lm_directory):
