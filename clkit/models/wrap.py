@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 import torch.nn.functional as F
 from safetensors.torch import save_model
 from torch import Tensor, nn
@@ -60,7 +61,7 @@ class ModuleClassifier(Model):
         self._classes = 0  # the largest label that was encoded, plus one
 
     def encode(self, examples: Examples) -> Encoded:
-        """Take tensors as they are; uint8 images become floats in [0, 1].
+        """Take tensors as they are; ``logits`` brings them into the form that the module computes with.
 
         Raises:
             DataError: the examples are not tensors with labels.
@@ -74,11 +75,18 @@ class ModuleClassifier(Model):
     def logits(self, batch: Batch) -> Tensor:
         """(B, num_classes).
 
+        uint8 images become numbers in [0, 1], and all numbers of the weights' type; other integers only where the
+        module embeds nothing, else they are token ids.
+
         Raises:
             DataError: the module gives something else, or has fewer outputs than the tasks have classes.
         """
         x = batch.inputs["x"]
-        out = self.module(x if x.is_floating_point() else x.float() / 255)
+        if x.dtype == torch.uint8:
+            x = x.float() / 255
+        if x.is_floating_point() or not any(isinstance(m, nn.Embedding) for m in self.module.modules()):
+            x = x.to(next((p.dtype for p in self.module.parameters() if p.is_floating_point()), x.dtype))
+        out = self.module(x)
         if not isinstance(out, Tensor) or out.dim() != 2 or out.shape[1] < self._classes:
             got = f"shape {tuple(out.shape)}" if isinstance(out, Tensor) else f"a {type(out).__name__}"
             raise DataError(

@@ -14,6 +14,7 @@ import clkit
 from clkit import api, build, resolve
 from clkit.errors import CheckpointError, ConfigError, DataError
 from clkit.models import wrap
+from clkit.tasks.base import LabelledExamples
 
 
 @pytest.fixture
@@ -67,6 +68,21 @@ def test_a_module_and_tasks_made_in_python_are_used_and_asked_for_again(wrapped,
 def test_a_module_whose_output_does_not_fit_the_classes_is_a_data_error(module, digits, tmp_path):
     with pytest.raises(DataError, match=r"must give logits \(B, num_classes\), and these tasks have 10 classes"):
         clkit.fit(module, digits, output_dir=tmp_path / "run", eval={"initial": False}, train={"epochs": 5})
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int64])
+def test_numbers_reach_a_module_as_they_are_in_the_type_of_its_weights(dtype):
+    model, x = wrap(network()), torch.arange(128).view(2, 64)
+    encoded = model.encode(LabelledExamples(x.to(dtype), torch.tensor([0, 1]), ["a", "b"]))
+    assert torch.equal(model.logits(encoded.batch(torch.arange(2))), model.module(x.float()))
+
+
+def test_token_ids_reach_a_module_that_embeds_them():
+    module = nn.Sequential(nn.Embedding(300, 4), nn.Flatten(), nn.Linear(12, 2))
+    x = torch.tensor([[1, 2, 3], [299, 0, 256]])
+    model = wrap(module)
+    encoded = model.encode(LabelledExamples(x, torch.tensor([0, 1]), ["a", "b"]))
+    assert torch.equal(model.logits(encoded.batch(torch.arange(2))), module(x))
 
 
 def test_a_run_can_be_opened_where_nothing_can_be_written(digits, tmp_path, monkeypatch):
