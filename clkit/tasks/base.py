@@ -253,6 +253,15 @@ class TaskSequence(Sequence[Task]):
 
     @property
     def num_classes(self) -> int | None:
-        """Size of the label space over all tasks (largest class index + 1); None without classes."""
-        found = [c for t in self.tasks for c in t.classes or ()]
+        """Size of the label space over all tasks (largest class index + 1); None without classes.
+
+        A task that does not name its classes has those of its labels.
+        """
+        found = [c for t in self.tasks for c in t.classes or _largest_label(t)]
         return max(found) + 1 if found else None
+
+
+def _largest_label(task: Task) -> list[int]:
+    """That of a classification task, or nothing."""
+    parts = [part for part in (task.train, task.eval) if isinstance(part, LabelledExamples) and len(part)]
+    return [max(int(part.labels.max()) for part in parts)] if parts else []

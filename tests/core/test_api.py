@@ -13,7 +13,7 @@ from torch import nn
 import clkit
 from clkit import api, build, resolve
 from clkit.errors import CheckpointError, ConfigError, DataError
-from clkit.models import wrap
+from clkit.models import load_classifier, wrap
 from clkit.tasks.base import LabelledExamples
 
 
@@ -83,6 +83,14 @@ def test_token_ids_reach_a_module_that_embeds_them():
     model = wrap(module)
     encoded = model.encode(LabelledExamples(x, torch.tensor([0, 1]), ["a", "b"]))
     assert torch.equal(model.logits(encoded.batch(torch.arange(2))), module(x))
+
+
+def test_tasks_that_name_no_classes_have_those_of_their_labels(digits, tmp_path):
+    unnamed = clkit.TaskSequence([dataclasses.replace(t, classes=None) for t in digits], scenario="domain")
+    assert unnamed.num_classes == 10
+    quick = {"train.steps": 1, "train.batch_size": 4}
+    result = clkit.fit("mlp", unnamed, output_dir=tmp_path / "run", **quick)
+    assert load_classifier(result.run_dir / "export").num_classes == 10
 
 
 def test_a_run_can_be_opened_where_nothing_can_be_written(digits, tmp_path, monkeypatch):
