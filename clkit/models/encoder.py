@@ -36,8 +36,20 @@ class TextEncoder(Backbone):
         return base_model(self.encoder).config
 
     def tokens(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        """Token ids and mask (B, T), right padded, to last hidden states (B, T, D) and a bool mask (B, T)."""
-        states: Tensor = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        """Token ids and mask (B, T), right padded, to last hidden states (B, T, D) and a bool mask (B, T).
+
+        Raises:
+            ModelError: the model also wants the tokens of an answer (T5).
+        """
+        try:
+            states: Tensor = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        except ValueError as error:
+            if not getattr(self.config, "is_encoder_decoder", False):
+                raise
+            name = type(base_model(self.encoder)).__name__
+            raise ModelError(
+                f"{name} is no text encoder: it also wants the tokens of an answer. Take a model without a decoder."
+            ) from error
         return states, attention_mask.bool()
 
     def parts(self) -> dict[str, nn.Module]:

@@ -123,6 +123,17 @@ def test_texts_are_padded_without_effect_and_cut_at_the_encoders_limit(encoder_d
     assert len(model.encode(examples(())).ids) == 0
 
 
+def test_a_model_that_wants_an_answer_too_is_refused_as_an_encoder(encoder_directory, tmp_path):
+    from transformers import T5Config, T5Model
+
+    T5Model(T5Config(vocab_size=400, d_model=32, d_ff=64, d_kv=8, num_layers=1, num_heads=4)).save_pretrained(tmp_path)
+    for file in encoder_directory.glob("token*"):
+        shutil.copy(file, tmp_path)
+    model = load(tmp_path)
+    with pytest.raises(ModelError, match="T5Model is no text encoder: it also wants the tokens of an answer"):
+        model.logits(model.encode(examples(TEXTS)).batch(torch.arange(4)))
+
+
 def test_the_unused_pooler_of_an_encoder_is_not_trained(encoder_directory):
     model = load(encoder_directory)
     frozen = {n for n, p in model.module.named_parameters() if not p.requires_grad}
