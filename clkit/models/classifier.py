@@ -22,6 +22,7 @@ from clkit.models.encoded_examples import EncodedLabelled, EncodedSentences, Enc
 from clkit.models.encoder import TextEncoder
 from clkit.models.frozen import feature_recipe, frozen_features
 from clkit.models.noise import routed
+from clkit.models.positions import learned_positions
 from clkit.models.precision import DTYPES, at_least_float32
 from clkit.models.seeding import seeded
 from clkit.models.vision_encoder import VisionEncoder, read_preprocessor, save_preprocessor
@@ -176,8 +177,9 @@ class Classifier(Model):
         return feature_recipe(self)
 
     def _max_length(self) -> int:
-        own = getattr(cast(TextEncoder, self.module.backbone).config, "max_position_embeddings", None)
-        limits = (self.config.max_length, self.tokenizer.model_max_length, own)
+        backbone = cast(TextEncoder, self.module.backbone)
+        own = getattr(backbone.config, "max_position_embeddings", None)
+        limits = (self.config.max_length, self.tokenizer.model_max_length, own, learned_positions(backbone))
         return int(min(n for n in limits if n is not None))
 
     def logits(self, batch: Batch) -> Tensor:

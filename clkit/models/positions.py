@@ -1,4 +1,4 @@
-"""How many tokens a language model has learned positions for."""
+"""How many tokens a model of texts has learned positions for."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from clkit.models.lora import base_model
 
 
 def learned_positions(module: nn.Module) -> int | None:
-    """The length of a model's table of position embeddings (GPT-2, OPT, GPT-Neo); None of models without one.
+    """The length of a model's table of position embeddings (GPT-2, OPT, BERT, RoBERTa); None of models without one.
 
     A token beyond it ends in an index error. Rotary and relative positions have no such end.
     """
@@ -19,5 +19,6 @@ def learned_positions(module: nn.Module) -> int | None:
         leaf: Any = part
         called = name.rpartition(".")[2]
         if isinstance(known, int) and isinstance(part, nn.Embedding) and (called == "wpe" or "position" in called):
-            return min(known, int(leaf.num_embeddings))
+            skipped = 0 if leaf.padding_idx is None else leaf.padding_idx + 1  # RoBERTa counts from behind it
+            return min(known, int(leaf.num_embeddings) - skipped)
     return None

@@ -123,6 +123,21 @@ def test_texts_are_padded_without_effect_and_cut_at_the_encoders_limit(encoder_d
     assert len(model.encode(examples(())).ids) == 0
 
 
+def test_an_encoder_that_counts_positions_from_behind_the_padding_is_cut_to_those_it_has(encoder_directory, tmp_path):
+    from transformers import RobertaConfig, RobertaModel
+
+    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    RobertaModel(RobertaConfig(vocab_size=400, max_position_embeddings=40, pad_token_id=1, **small)).save_pretrained(
+        tmp_path
+    )
+    for file in encoder_directory.glob("token*"):
+        shutil.copy(file, tmp_path)
+    model = load(tmp_path)
+    encoded = model.encode(examples(TEXTS))
+    assert encoded.lengths.max() == 38  # 40 less those up to the padding's own
+    model.loss(encoded.batch(torch.arange(4))).backward()
+
+
 def test_a_model_that_wants_an_answer_too_is_refused_as_an_encoder(encoder_directory, tmp_path):
     from transformers import T5Config, T5Model
 
