@@ -79,8 +79,8 @@ def estimate(
 
 
 def wrap(module: nn.Module, tokenizer: Any = None, name: str = "") -> Model:
-    """Bring a module built in Python under the contract; see :func:`clkit.models.wrap.wrap`."""
-    from clkit.models.wrap import wrap as wrap_
+    """Bring a module built in Python under the contract; see :func:`clkit.models.own_module.wrap`."""
+    from clkit.models.own_module import wrap as wrap_  # a module called `wrap` would take this name
 
     return wrap_(module, tokenizer, name)
 

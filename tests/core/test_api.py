@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -44,6 +46,11 @@ def test_tasks_of_a_wrong_type_are_an_error_that_says_what_is_accepted(tasks):
 def test_a_model_of_a_wrong_type_is_an_error():
     with pytest.raises(ConfigError, match="model: got int, expected a name"):
         clkit.fit(3, tasks="red.jsonl")
+
+
+def test_wrap_can_be_called_by_its_full_name_again():
+    program = "import clkit.models\nfrom torch import nn\nfor _ in range(2): clkit.models.wrap(nn.Linear(2, 2))"
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 @pytest.mark.parametrize("wrapped", [False, True])
