@@ -64,11 +64,27 @@ def fit(
     elif made is None:
         raise ConfigError(f"model: got {type(model).__name__}, expected a name, a directory, a Model or an nn.Module")
     given = tasks if isinstance(tasks, TaskSequence) else None
+    lost = _without_effect(overrides, made is not None, given is not None)
+    if lost:
+        raise ConfigError.collect("Options that would have no effect:", lost)
     if given is None:
         content["tasks"] = _tasks_section(tasks)
     for key, value in overrides.items():
         _put(content, key.split("."), value)
     return run(resolve.validate(content, origin="clkit.fit"), tasks=given, model=made, fresh=fresh)
+
+
+def _without_effect(overrides: Mapping[str, Any], model: bool, tasks: bool) -> list[Problem]:
+    """Options of a model or of tasks that were made in Python, and so are what they are."""
+    problems = []
+    for key in overrides:
+        section = key.partition(".")[0]
+        if section == "tasks" and tasks:
+            problems.append(Problem(f"clkit.fit:{key}", "the tasks are given as a TaskSequence; make them so"))
+        # The targets of LoRA are also where some methods put their own adapters.
+        if section == "model" and model and not key.startswith("model.lora"):
+            problems.append(Problem(f"clkit.fit:{key}", "the model is given as an object; make it so"))
+    return problems
 
 
 def _tasks_section(tasks: Any) -> dict[str, Any]:

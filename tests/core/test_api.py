@@ -71,6 +71,14 @@ def test_a_module_and_tasks_made_in_python_are_used_and_asked_for_again(wrapped,
         assert torch.equal(trainer.model.module.weight, module.weight)
 
 
+def test_options_of_what_was_made_in_python_are_refused(digits, tmp_path):
+    lost = {"model.dtype": "float32", "tasks.metric": "accuracy", "model.lora.target_modules": ["q_proj"]}
+    with pytest.raises(ConfigError, match="no effect") as refused:
+        clkit.fit(network(), digits, output_dir=tmp_path / "run", **lost)
+    assert "model.dtype" in str(refused.value) and "tasks.metric" in str(refused.value)
+    assert "model.lora" not in str(refused.value) and not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("module", [network(5), nn.Sequential(network(), nn.Unflatten(1, (5, 2)))])
 def test_a_module_whose_output_does_not_fit_the_classes_is_a_data_error(module, digits, tmp_path):
     with pytest.raises(DataError, match=r"must give logits \(B, num_classes\), and these tasks have 10 classes"):
