@@ -16,6 +16,7 @@ from clkit.engine import ENGINES
 from clkit.errors import CapabilityError, ClkitError, ConfigError, DataError, ModelError, Problem
 from clkit.evaluation import SCORERS
 from clkit.models import load_model, wrap
+from clkit.models.own_module import ModuleClassifier
 from clkit.models.resolve import resolve
 from clkit.registry import STRATEGIES
 from clkit.resolve import validate
@@ -293,7 +294,10 @@ def check_model_kind(model: Model, tasks: TaskSequence) -> None:
     """Refuse a model that can't read the tasks."""
     wrong = sorted({t.kind for t in (*tasks, *tasks.holdout)} - set(model.kinds))
     if wrong:
+        advice = ""
+        if isinstance(model, ModuleClassifier):
+            advice = "; a transformers language model comes with its tokenizer: clkit.models.wrap(module, tokenizer)"
         raise ConfigError(
             f"model.name: '{model.name}' can't learn tasks of kind {', '.join(wrong)} "
-            f"(it reads {', '.join(sorted(model.kinds))})"
+            f"(it reads {', '.join(sorted(model.kinds))}){advice}"
         )

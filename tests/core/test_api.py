@@ -79,6 +79,12 @@ def test_options_of_what_was_made_in_python_are_refused(digits, tmp_path):
     assert "model.lora" not in str(refused.value) and not (tmp_path / "run").exists()
 
 
+def test_a_language_model_without_its_tokenizer_is_an_error_that_says_so(tmp_path):
+    (tmp_path / "red.jsonl").write_text('{"prompt": "a", "answer": "b"}\n' * 12)
+    with pytest.raises(ConfigError, match=r"clkit.models.wrap\(module, tokenizer\)"):
+        clkit.fit(network(), tmp_path / "red.jsonl", output_dir=tmp_path / "run")
+
+
 @pytest.mark.parametrize("module", [network(5), nn.Sequential(network(), nn.Unflatten(1, (5, 2)))])
 def test_a_module_whose_output_does_not_fit_the_classes_is_a_data_error(module, digits, tmp_path):
     with pytest.raises(DataError, match=r"must give logits \(B, num_classes\), and these tasks have 10 classes"):
