@@ -154,12 +154,14 @@ class Editor:
             device=place,
         )
         loaded.module.to(place)
+        base = fingerprint(loaded.module)  # before float16 rounds them: it is that of the model, whatever `dtype` says
         kept = pick_dtype(options["dtype"], place)
         for parameter in loaded.module.parameters():  # none is trained, so none has to be float32; buffers have to be
             parameter.data = parameter.data.to(kept)
-        if saved is not None:
-            check_base(loaded.module, saved)
-        editor = cls(language_model(loaded), method, plugin, seed, None, saved.base if saved is not None else None)
+        if saved is not None and saved.base != base:
+            check_base(loaded.module, saved)  # directories of before have that of the rounded weights
+            base = saved.base
+        editor = cls(language_model(loaded), method, plugin, seed, None, base)
         if saved is not None:
             editor._resume(saved, keep=source == home)
         if home is not None and (saved is None or source != home):

@@ -242,5 +242,6 @@ def check_base(model: nn.Module, saved: Saved) -> None:
     if fingerprint(model) != saved.base:
         raise ModelError(
             f"{saved.path}: these edits were made on '{saved.model['name']}' ({saved.model['origin'] or 'no origin'}), "
-            "and this model has other weights. Load that model; or pass check=False for a quantised copy of it."
+            "and this model has other weights. Load that model; or, for a copy of it that is quantised or in float16, "
+            "clkit.editing.attach takes check=False."
         )

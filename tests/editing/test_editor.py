@@ -229,6 +229,16 @@ def _tensors(state):
 
 
 # --- saving -----------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("dtypes", [("float32", "float16"), ("float16", "float32"), ("float16", "bfloat16")])
+def test_edits_of_one_type_of_weights_load_in_another(load, tmp_path, dtypes):
+    first = load(dtype=dtypes[0])
+    first.edit([request(0)])
+    first.save(tmp_path / "saved")
+    second = load(tmp_path / "saved", dtype=dtypes[1])
+    assert list(second.records) == ["e0"] and second._base == first._base
+    assert next(second.model.module.parameters()).dtype == getattr(torch, dtypes[1])
+
+
 def test_a_saved_directory_loads_and_goes_on(edited, load, tmp_path):
     edited.save(tmp_path / "saved")
     loaded = load(tmp_path / "saved")
