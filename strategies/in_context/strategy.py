@@ -109,7 +109,7 @@ class InContext(LayerEdits):
         names, limit = [_name(i) for i in self.edits], self.config.similarity
         found = []
         for row in alike.tolist():
-            best = max(range(len(row)), key=row.__getitem__)
+            best = max(range(len(row)), key=lambda k: (row[k], k))
             chosen = names[best] if row[best] >= limit else None
             found.append(Explanation(chosen, dict(zip(names, row, strict=True)), dict.fromkeys(names, limit)))
         return found
@@ -170,7 +170,8 @@ class InContext(LayerEdits):
         with self.unedited():
             x, _ = self.reader.activations(ids, prompt)
         self._newest = self._alike(at_last_token(x, prompt)[:, 0])
-        best = self._newest.max(dim=1)
+        last = self._newest.shape[1] - 1 - self._newest.flip(1).argmax(dim=1)  # of equal ones the newest edit
+        best = self._newest.amax(dim=1), last
         opening, names = self.model.form.opening, list(self.edits)
         rows = []
         for row, mask, score, k in zip(ids.tolist(), prompt.tolist(), *map(Tensor.tolist, best), strict=True):

@@ -24,6 +24,8 @@ from clkit.strategies.memit.subject import tokens_after
 from clkit.strategies.memit.text import SENTENCES
 from clkit.tasks.base import EditRecord
 
+_Pair = tuple[Tensor, Tensor]
+
 
 @dataclass
 class MemitConfig(LearnedEditConfig):
@@ -40,8 +42,9 @@ class MemitConfig(LearnedEditConfig):
 class Memit(ChangedLayers):
     """Closed-form edits of one down-projection (Meng et al., ICLR 2023, arXiv 2210.07229), all edits in one solution.
 
-    Keys and values are those of the unedited model, so the matrix does not depend on the order of the edits, and taking
-    one out leaves exactly what there would be without it. docs/strategies/editing.md has equations and deviations.
+    Keys and values are those of the unedited model, so the matrix does not depend on the order of the edits, but for
+    several of one prompt, of which the newest holds; and taking one out leaves exactly what there would be without it.
+    docs/strategies/editing.md has equations and deviations.
     """
 
     config_class = MemitConfig
@@ -62,9 +65,9 @@ class Memit(ChangedLayers):
             RequestError: the edit does not fit the model; nothing has changed.
         """
         key, value, losses = self._pair(record)
-        pairs = {**self.pairs, record.id: (key, value)}
-        change = self._solve(pairs)
-        self.pairs, self.edits[record.id] = pairs, record.prompt
+        pairs, prompts = {**self.pairs, record.id: (key, value)}, {**self.edits, record.id: record.prompt}
+        change = self._solve(_newest(pairs, prompts))
+        self.pairs, self.edits = pairs, prompts
         self._put(change)
         return EditOutcome(self.memory, len(losses), {"target": losses[-1]})
 
@@ -124,7 +127,7 @@ class Memit(ChangedLayers):
     def forget(self, ids: Sequence[str], records: Mapping[str, EditRecord]) -> list[str]:
         """Take edits out and solve for the others again; their keys and values stay as they are."""
         rest = {i: pair for i, pair in self.pairs.items() if i not in set(ids)}
-        change = self._solve(rest)
+        change = self._solve(_newest(rest, self.edits))
         self.pairs = rest
         for i in ids:
             self.edits.pop(i, None)
@@ -142,8 +145,19 @@ class Memit(ChangedLayers):
         super().load_memory_state(state)
         device = self.location.device
         self.pairs = {i: (key.to(device), value.to(device)) for i, (key, value) in state["pairs"].items()}
-        up = [value for _, value in self.pairs.values()]
-        self._put(LowRankChange(state["readers"][0].to(device), torch.stack(up, dim=1)) if up else None)
+        if not self.pairs:
+            self._put(None)
+            return
+        down, used = state["readers"][0].to(device), _newest(self.pairs, self.edits)
+        if len(down) != len(used):  # of directories in which all edits of one prompt were served
+            used = self.pairs
+        self._put(LowRankChange(down, torch.stack([value for _, value in used.values()], dim=1)))
+
+
+def _newest(pairs: Mapping[str, _Pair], prompts: Mapping[str, str]) -> dict[str, _Pair]:
+    """Of several edits of one prompt the newest alone: its key is theirs, and it can have one value."""
+    last = {prompts[i]: i for i in pairs}
+    return {i: pair for i, pair in pairs.items() if last[prompts[i]] == i}
 
 
 def _subjects(found: rows.Rows, after: int) -> Tensor:

@@ -134,7 +134,8 @@ class Wise:
             others = None if config.compat else self._others(record, held, gone)
             objective = Objective(prefix, found, self.router, settings, weight, others)
             mask = shard_mask(self.location.shape, config.mask_ratio, self.seed, shard, config.compat).to(device)
-            kept = [i for i in held if i not in gone]
+            # What the memory says to this very prompt is what the edit replaces.
+            kept = [i for i in held if i not in gone and self.prompts[i][0] != record.prompt]
             protection = self._protection(prefix, found, [] if config.compat else kept, others)
             matrix, outcome = optimise(objective, matrix, mask, protection)
         return matrix, outcome, outcome.score

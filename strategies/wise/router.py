@@ -23,6 +23,8 @@ Activation = Callable[[Tensor], Tensor]
 
 # Above this length the published code takes the maximum over positions, not the mean.
 _PUBLISHED_LONG = 100
+# Likeness to the same prompt in two memories differs by rounding only.
+_EQUAL = 1e-5
 
 
 @dataclass(frozen=True)
@@ -185,13 +187,17 @@ class Router(PromptRouter):
 def choose(scores: Tensor, limits: Sequence[float], rank: Tensor | None = None) -> list[int]:
     """Per row of ``scores`` (B, N) the best among those above their own limit; -1 where none is.
 
-    The best is the largest ``rank`` (B, N); without it the largest score, as published.
+    The best is the largest ``rank`` (B, N), of equal ones the newest (two memories may hold answers to one prompt);
+    without it the largest score, as published.
 
     >>> choose(torch.tensor([[3.0, 2.0], [0.5, 2.0], [0.5, 0.1]]), [4.0, 1.0])
     [1, 1, -1]
-    >>> choose(torch.tensor([[3.0, 2.0]]), [1.0, 1.0], torch.tensor([[0.6, 0.9]]))
-    [1]
+    >>> choose(torch.tensor([[3.0, 2.0], [3.0, 2.0]]), [1.0, 1.0], torch.tensor([[0.6, 0.9], [0.9, 0.9]]))
+    [1, 1]
     """
     passing = scores > torch.tensor(list(limits), device=scores.device)
-    best, which = (scores if rank is None else rank).masked_fill(~passing, -torch.inf).max(dim=1)
+    fit = (scores if rank is None else rank).masked_fill(~passing, -torch.inf)
+    best, which = fit.max(dim=1)
+    if rank is not None:
+        which = fit.shape[1] - 1 - (fit.flip(1) >= best[:, None] - _EQUAL).int().argmax(dim=1)
     return torch.where(best > -torch.inf, which, -1).tolist()

@@ -13,6 +13,7 @@ import clkit
 from clkit.cli import main
 from clkit.errors import CapabilityError
 from clkit.registry import STRATEGIES
+from clkit.tasks.base import EditRecord
 
 METHODS = [n for n in STRATEGIES.names() if STRATEGIES.get(n).capabilities.kinds == {"edit"}]
 PROMPTS = ("Town of 0? ", "Town of 2? ", "something else")  # the space before an answer ends a plain prompt
@@ -64,6 +65,26 @@ def test_it_saves_loads_goes_on_and_takes_back(name, tiny_llama, tmp_path):
     for i in ("e0", "e2"):
         editor.rollback(i)
     assert same(answers(editor), plain) and not editor.memories()
+
+
+@pytest.mark.parametrize("name", ["grace", "in_context", "memit"])
+def test_the_newest_of_two_answers_to_one_prompt_holds(name, tiny_llama, tmp_path):
+    """As in a run whose later task corrects what an earlier one taught; the Editor itself would refuse or replace."""
+    editor = clkit.Editor.load(tiny_llama, section(name), device="cpu", prompt="plain")
+    first, second = (EditRecord("Town of 0?", target, f"of {target}") for target in "ab")
+    for record in (first, EditRecord("Sum of 1 and 2?", "c", "other"), second):
+        editor.strategy.learn(record)
+        editor.records[record.id] = record
+    if name in ("grace", "in_context"):
+        assert editor.explain("Town of 0?").memory.endswith("-of b")
+    editor.save(tmp_path / "saved")
+    assert same(answers(clkit.Editor.load(tmp_path / "saved", device="cpu", prompt="plain")), answers(editor))
+    if name == "memit":
+        alone = clkit.Editor.load(tiny_llama, section(name), device="cpu", prompt="plain")
+        alone.edit([EditRecord("Sum of 1 and 2?", "c", "other"), second])
+        assert same(answers(alone), answers(editor))
+        editor.rollback("of b")
+        assert not same(answers(alone), answers(editor)) and list(editor.records) == ["of a", "other"]
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -186,6 +186,20 @@ def test_of_several_memories_the_one_with_the_most_alike_edit_answers():
     assert [route(wise, p) for p in prompts] == [first.name, second.name]
 
 
+@pytest.mark.parametrize("shard_size", [1, 4])
+def test_the_newest_of_two_answers_to_one_prompt_holds(shard_size):
+    options = {"steps": 100, "contexts": 0, "merge_every": 0, "likeness": 0.55}
+    wise = Wise(tiny(), quick(shard_size=shard_size, **options))
+    for edit, target in (("first", "a"), ("other", "c"), ("second", "b")):
+        wise.learn(record(1 if edit == "other" else 0, target_new=target, id=edit))
+    ids = torch.tensor(rows.prompt_ids(wise.model.form, ["Town of 0?"], 200))
+    with torch.inference_mode():
+        scores = wise.model.module(ids).logits[0, -1]
+    a, b = (wise.model.tokenizer(text).input_ids[-1] for text in "ab")
+    assert wise.router.last[0].memory == ("shard-2" if shard_size == 1 else "shard-0")
+    assert scores[b] > scores[a] + 2
+
+
 def test_the_limit_rises_until_few_unrelated_readings_pass():
     generator = torch.Generator().manual_seed(0)
     gate = Gate(0.1, false_positive_rate=0.05)

@@ -52,8 +52,8 @@ def quick(**options) -> WISEConfig:
 
 def record(i: int, **fields) -> EditRecord:
     """An edit of its own."""
-    content = {"prompt": f"Town of {i}?", "target_new": f"T{i}x", "locality_prompt": f"Sum of {i}?"} | fields
-    return EditRecord(id=f"e{i}", **content)
+    content = {"prompt": f"Town of {i}?", "target_new": f"T{i}x", "locality_prompt": f"Sum of {i}?", "id": f"e{i}"}
+    return EditRecord(**content | fields)
 
 
 def edited(count: int = 3, model: CausalLM | None = None, seed: int = 0, **options) -> Wise:
