@@ -1,10 +1,11 @@
 """Text metrics: exact match, format-tolerant match and ROUGE-L of one prediction against its reference.
 
-Of Chinese and Japanese text, which has no spaces, each character is one word.
+Of text that is written without spaces (Chinese, Japanese, Thai, Lao, Burmese, Khmer) each character is one word.
 """
 
 from __future__ import annotations
 
+import functools
 import re
 import string
 import unicodedata
@@ -16,14 +17,33 @@ from clkit.metrics.stem import stem
 _ARTICLES = frozenset({"a", "an", "the"})
 # A number with its sign, thousands separators and decimals is one token; so is a word with its apostrophes, C++ or C#.
 _NUMBER = r"(?<!\w)[-−]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?!\w)"
-_CJK = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff"
-_LETTERS = rf"[^\W_{_CJK}]+"
-_TOKEN = re.compile(rf"{_NUMBER}|[{_CJK}]|{_LETTERS}(?:['’]{_LETTERS})*(?:\+\+|#)?")
-_ROUGE_TOKEN = re.compile(rf"[{_CJK}]|{_LETTERS}")
+_UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17df\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff"
+_LETTER = rf"[^\W_{_UNSPACED}]"
 _MARKER = re.compile(r"\b(?:answer|option|choice)\b(?:\s+is\b)?\W*(?:the\b\s*)?", re.IGNORECASE)
 _LONE_LETTER = re.compile(rf"(?:^|{_MARKER.pattern})\W*([a-z])[^\w\n]*$", re.MULTILINE | re.IGNORECASE)
 # What makes "A" and "I" an article and a pronoun: a word in small letters after them, other than these.
 _PROSE = re.compile(r"[^\S\n]+(?!(?:is|because|since)\b)[a-z]")
+
+
+class _Patterns(NamedTuple):
+    """What a word is: to a tolerant match, and to ROUGE."""
+
+    token: re.Pattern[str]
+    rouge: re.Pattern[str]
+
+
+@functools.cache
+def _patterns() -> _Patterns:
+    r"""A letter has its marks (vowel signs of Hindi, tones of Thai, accents), which ``\w`` leaves out.
+
+    Variation selectors, which choose between pictures of one character, are none.
+    """
+    codes = (c for c in range(0x300, 0x20000) if c not in range(0xFE00, 0xFE10))
+    marks = "".join(chr(c) for c in codes if unicodedata.category(chr(c)) in ("Mn", "Mc"))
+    single, letters = rf"(?=\w)[{_UNSPACED}][{marks}]*", rf"{_LETTER}(?:{_LETTER}|[{marks}])*"
+    return _Patterns(
+        re.compile(rf"{_NUMBER}|{single}|{letters}(?:['’]{letters})*(?:\+\+|#)?"), re.compile(rf"{single}|{letters}")
+    )
 
 
 class RougeL(NamedTuple):
@@ -46,9 +66,9 @@ def exact_match(prediction: str, gold: str) -> bool:
 def rouge_l(prediction: str, reference: str, *, stemmed: bool = False) -> RougeL:
     """ROUGE-L (Lin 2004): the longest common subsequence of words, relative to either length.
 
-    Words are runs of letters and digits after NFKC and lower-casing; ``stemmed``: words of more than three letters are
-    reduced to their English stem (``clkit.metrics.stem``). On ASCII text this agrees with the ``rouge-score`` package
-    with the same setting, which drops every other character. An empty text scores 0.
+    Words are runs of letters (with their marks) and digits after NFKC and lower-casing; ``stemmed``: words of more
+    than three letters are reduced to their English stem (``clkit.metrics.stem``). On ASCII text this agrees with the
+    ``rouge-score`` package with the same setting, which drops every other character. An empty text scores 0.
 
     >>> rouge_l("two authors", "two author").f1, rouge_l("two authors", "two author", stemmed=True).f1
     (0.5, 1.0)
@@ -64,7 +84,7 @@ def rouge_l(prediction: str, reference: str, *, stemmed: bool = False) -> RougeL
 
 
 def _rouge_words(text: str) -> list[str]:
-    return _ROUGE_TOKEN.findall(unicodedata.normalize("NFKC", text).lower())
+    return _patterns().rouge.findall(unicodedata.normalize("NFKC", text).lower())
 
 
 def _lcs_length(a: Sequence[str], b: Sequence[str]) -> int:
@@ -150,7 +170,7 @@ def _letters(text: str, marked: set[int]) -> list[tuple[str, int]]:
     """The letters that stand in ``text`` as option letters, and where; what is marked is never prose."""
     lone = {found.start(1) for found in _LONE_LETTER.finditer(text)}
     found = []
-    for match in _TOKEN.finditer(text):
+    for match in _patterns().token.finditer(text):
         letter, at = match.group(), match.start()
         if not re.fullmatch(r"[A-Za-z]", letter):
             continue
@@ -165,7 +185,7 @@ def _tokens(text: str) -> list[tuple[str, int]]:
 
     A text of signs alone, such as ``>=``, is one word.
     """
-    found = [(_fold(match.group()), match.start()) for match in _TOKEN.finditer(text)]
+    found = [(_fold(match.group()), match.start()) for match in _patterns().token.finditer(text)]
     signs = text.strip()
     return [token for token in found if token[0] not in _ARTICLES] or found or ([(signs, 0)] if signs else [])
 

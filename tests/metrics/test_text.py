@@ -24,6 +24,22 @@ def test_exact_match_forgives_white_space_at_the_ends_and_nothing_else():
 
 
 @pytest.mark.parametrize(
+    ("word", "other"),
+    [("दिन", "दान"), ("பாடு", "பேடு"), ("น้า", "นา"), ("عَلِم", "عُلِم"), ("x\u0302", "x\u0304")],
+    ids=["Hindi", "Tamil", "Thai", "Arabic", "accents"],
+)
+def test_words_that_differ_in_vowel_signs_or_tones_are_different(word, other):
+    assert not tolerant_match(word, other) and tolerant_match(f"{word}.", word)
+    assert first_option(other, [word, other]) == 1
+    assert rouge_l(word, other).f1 < 1 == rouge_l(word, word).f1
+
+
+def test_text_without_spaces_is_compared_by_its_characters():
+    assert tolerant_match("คำตอบคือกรุงเทพ", "กรุงเทพ")
+    assert rouge_l("日本。", "日・本") == (1, 1, 1)
+
+
+@pytest.mark.parametrize(
     ("prediction", "gold", "options", "right"),
     [
         # letters
