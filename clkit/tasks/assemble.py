@@ -216,9 +216,7 @@ def classification_sequence(
     place = {name: k for k, name in reversed(list(enumerate(class_names)))}
 
     def rank(name: str) -> tuple[int, int, str]:
-        if name in place:
-            return 0, place[name], name
-        return (1, int(name), name) if name.removeprefix("-").isdecimal() else (2, 0, name)
+        return (0, place[name], name) if name in place else by_number(name)
 
     names: list[str] = []
     for task in tasks:
@@ -239,6 +237,11 @@ def classification_sequence(
         metadata = {"class_names": [names[c] for c in classes], **task.metadata}
         built.append(Task(task.name, parts[0], parts[1], "classification", "accuracy", classes, metadata))
     return TaskSequence(built, scenario=cast(Scenario, config.scenario), files=files)
+
+
+def by_number(name: str) -> tuple[int, int, str]:
+    """What names are sorted by: whole numbers first, 10 after 9; then the others as text."""
+    return (1, int(name), name) if name.removeprefix("-").isdecimal() else (2, 0, name)
 
 
 def _check_owners(tasks: Sequence[NamedTask], problems: list[Problem]) -> None:

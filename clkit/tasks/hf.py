@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from clkit.config import opt
 from clkit.errors import DataError, Problem, did_you_mean
-from clkit.tasks.assemble import Named, NamedTask, RawTask, build_sequence, classification_sequence
+from clkit.tasks.assemble import Named, NamedTask, RawTask, build_sequence, by_number, classification_sequence
 from clkit.tasks.base import TaskSequence
 from clkit.tasks.images import DECODE_ERRORS, pixel_ids, to_array
 from clkit.tasks.readers import Row
@@ -29,7 +29,7 @@ class HubConfig(RecordsConfig):
     """One data set per task, or one data set cut into tasks by a column (or, for classification, by class)."""
 
     datasets: list[str] = opt([], "hub ids, id:config, or directories (save_to_disk, or data files)")
-    task_column: str = opt("", "cut the one data set into tasks by the values of this column, in sorted order")
+    task_column: str = opt("", "cut the one data set into tasks by the values of this column, sorted (10 after 9)")
     train_split: str = opt("train", "split to train on")
     eval_split: str = opt("test", "split to score on; '' = hold out eval_fraction of the training split")
     revision: str = opt("", "commit or tag on the hub, to pin what is read")
@@ -181,7 +181,7 @@ def _by_column(loaded: _Loaded, column: str) -> list[_Loaded]:
         raise DataError(f"these values of '{column}' are in one split only: {', '.join(lonely[:10])}")
     return [
         _Loaded(name, tuple(part.rows_with(v, name) for part, v in zip(loaded.parts, values, strict=True)))
-        for name in sorted(names[0])
+        for name in sorted(names[0], key=by_number)
     ]
 
 

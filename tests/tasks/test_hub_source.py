@@ -52,6 +52,14 @@ def test_a_column_cuts_one_data_set_into_tasks(tmp_path, eval_split):
     assert [len(t.eval) for t in tasks] == ([6, 4] if eval_split else [1, 1])
 
 
+@pytest.mark.parametrize("kind", [int, str])
+def test_numbers_in_the_column_are_tasks_in_the_order_of_the_numbers(tmp_path, kind):
+    rows = [{**row, "group": kind(month)} for month in (10, 9, 12, 1, 2) for row in questions(2, f"m{month}")]
+    path = save(tmp_path / "d", train=rows)
+    tasks = build_tasks("hf", {"datasets": [path], "task_column": "group", "eval_split": "", **COLUMNS})
+    assert [t.name for t in tasks] == ["1", "2", "9", "10", "12"]
+
+
 def test_class_labels_are_read_by_name(tmp_path):
     label = datasets.ClassLabel(names=["neg", "pos"])
     features = datasets.Features({"text": datasets.Value("string"), "label": label})
