@@ -116,6 +116,10 @@ def located(config: RunConfig) -> RunConfig:
             options = dataclasses.replace(options, root=".", **paths)
         else:
             options = dataclasses.replace(options, root=_absolute(root))
+    if data_sets := getattr(options, "datasets", None):  # directories, or names on the hub
+        local = {entry: path for entry in data_sets if (path := Path(entry).expanduser()).is_dir()}
+        found = [_absolute(local[entry]) if entry in local else entry for entry in data_sets]
+        options = dataclasses.replace(options, datasets=found)
     strategy = Plugin(config.strategy.name, _located_fields(config.strategy.config))
     harness = [_absolute(Path(entry).expanduser()) for entry in config.eval.lm_eval]
     return dataclasses.replace(

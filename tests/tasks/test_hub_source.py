@@ -9,7 +9,9 @@ import pytest
 import torch
 from PIL import Image as PILImage
 
+from clkit.build import located
 from clkit.errors import ConfigError, DataError
+from clkit.resolve import validate
 from clkit.tasks import build_tasks
 
 datasets = pytest.importorskip("datasets")
@@ -40,6 +42,17 @@ def test_each_data_set_is_a_task_with_mapped_columns(tmp_path):
     assert [(t.name, len(t.train), len(t.eval)) for t in tasks] == [("law", 4, 2), ("art", 4, 2)]
     assert tasks[0].train.records[1].prompt == "law 1?" and tasks[0].metric == "exact-match"
     assert len(tasks.files) == 4 and all(f.is_file() for f in tasks.files)
+
+
+def test_directories_are_written_down_so_that_they_are_found_from_elsewhere(tmp_path, monkeypatch):
+    save(tmp_path / "law", train=questions(4), test=questions(2))
+    monkeypatch.chdir(tmp_path)
+    content = {"tasks": {"source": "hf", "datasets": ["law", "user/name"], **COLUMNS}}
+    found = located(validate(content, origin="test")).tasks.config.datasets
+    assert found == [str(tmp_path / "law"), "user/name"]
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert [t.name for t in build_tasks("hf", {"datasets": found[:1], **COLUMNS})] == ["law"]
 
 
 @pytest.mark.parametrize("eval_split", ["test", ""])
