@@ -134,7 +134,8 @@ def _draft(raw: RawTask, parser: RowParser, config: RecordsConfig, seed: int, ho
         eval = train  # an edit that was never made can't be scored
     else:
         labels = [p.label for p in train]
-        kept, out = held_out([p.record.id for p in train], labels, config.eval_fraction, seed)
+        ids, contents = [p.record.id for p in train], [p.content for p in train]
+        kept, out = held_out(ids, labels, config.eval_fraction, seed, contents)
         train, eval = [train[i] for i in kept], [train[i] for i in out]
     if config.kind == "text":
         train, eval = options_from_labels(config, (train, eval), problems)

@@ -17,7 +17,7 @@ from clkit.config import opt
 from clkit.errors import DataError, Problem, did_you_mean
 from clkit.tasks.assemble import Named, NamedTask, RawTask, build_sequence, by_number, classification_sequence
 from clkit.tasks.base import TaskSequence
-from clkit.tasks.images import DECODE_ERRORS, pixel_ids, to_array
+from clkit.tasks.images import DECODE_ERRORS, contents_of, pixel_ids, to_array
 from clkit.tasks.readers import Row
 from clkit.tasks.records import RecordsConfig, record_problems
 from clkit.tasks.sampling import held_out
@@ -215,7 +215,8 @@ def _image_tasks(
         if problems:
             continue
         if len(parts) == 1:
-            kept, out = held_out(parts[0].ids, parts[0].labels, config.eval_fraction, seed)
+            ids = parts[0].ids
+            kept, out = held_out(ids, parts[0].labels, config.eval_fraction, seed, contents_of(ids))
             parts = [_subset(parts[0], kept), _subset(parts[0], out)]
         tasks.append(NamedTask(task.name, parts[0], parts[1], {}))
     return classification_sequence(tasks, config, seed, files, problems, class_names)

@@ -14,7 +14,7 @@ from PIL import Image
 from clkit.config import opt
 from clkit.errors import DataError, Problem, did_you_mean
 from clkit.tasks.base import LabelledExamples, TaskSequence, content_id
-from clkit.tasks.images import DECODE_ERRORS, ImageFiles, to_array, unique_ids
+from clkit.tasks.images import DECODE_ERRORS, ImageFiles, contents_of, to_array, unique_ids
 from clkit.tasks.sampling import held_out
 from clkit.tasks.source import TaskSource
 from clkit.tasks.splits import SplitConfig, split_examples, split_problems
@@ -73,7 +73,8 @@ class ImageFolderSource(TaskSource):
         if problems:
             raise DataError.collect("The image folder is not usable:", problems)
         if len(every) == 1:
-            kept, out = held_out(every[0].ids, every[0].labels.tolist(), config.eval_fraction, seed)
+            ids, labels = every[0].ids, every[0].labels.tolist()
+            kept, out = held_out(ids, labels, config.eval_fraction, seed, contents_of(ids))
             every = [every[0].subset(kept), every[0].subset(out)]
         files = [p for folder in folders for name in names for p in _images(folder / name)]
         return split_examples(every[0], every[1], names, config, seed, files)

@@ -80,6 +80,11 @@ def pixel_ids(images: Iterable[NDArray[np.generic]], count: dict[str, int] | Non
     return unique_ids((content_id(np.ascontiguousarray(image).tobytes()) for image in images), count)
 
 
+def contents_of(ids: Iterable[str]) -> list[str]:
+    """Ids of :func:`unique_ids` without their numbers: equal for copies of one image."""
+    return [found.partition("-")[0] for found in ids]
+
+
 class ImageFiles:
     """Image files as the inputs of a classifier: a LongTensor of positions gives uint8 images (B, C, size, size)."""
 

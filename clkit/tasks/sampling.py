@@ -44,16 +44,33 @@ def limited(ids: Sequence[str], groups: Sequence[Hashable], limit: int, seed: in
     return sorted(chosen)
 
 
-def held_out(ids: Sequence[str], groups: Sequence[Hashable], fraction: float, seed: int) -> tuple[list[int], list[int]]:
+def held_out(
+    ids: Sequence[str],
+    groups: Sequence[Hashable],
+    fraction: float,
+    seed: int,
+    contents: Sequence[Hashable] | None = None,
+) -> tuple[list[int], list[int]]:
     """Split positions into (train, eval); of each group ``fraction`` is held out, rounded, at least one.
 
-    A group of one record stays in train, so the caller must check for an empty eval part.
+    Records of a group with equal ``contents`` stay together (unless all are equal), so that no copy of a held-out
+    record is learned; then fewer may be held out, or, where all have many copies, more. A group of one record stays
+    in train, so the caller must check for an empty eval part.
     """
+    contents = ids if contents is None else contents
     train: list[int] = []
     out: list[int] = []
     for members in by_group(groups).values():
-        order = ranked([ids[i] for i in members], seed, "eval")
+        same = [[members[i] for i in copies] for copies in by_group([contents[i] for i in members]).values()]
+        same = same if len(same) > 1 else [[i] for i in members]
+        order = [same[i] for i in ranked([min(ids[i] for i in copies) for copies in same], seed, "eval")]
         count = min(max(round(len(members) * fraction), 1), len(members) - 1)
-        out += [members[i] for i in order[:count]]
-        train += [members[i] for i in order[count:]]
+        chosen: list[int] = []
+        for copies in order:
+            if len(chosen) + len(copies) <= count:
+                chosen += copies
+        if not chosen and len(order) > 1:
+            chosen = min(order, key=len)
+        out += chosen
+        train += sorted(set(members) - set(chosen))
     return sorted(train), sorted(out)

@@ -70,6 +70,15 @@ def test_ids_are_the_given_ones_or_made_from_the_content(tmp_path):
     assert task.metadata["duplicates"] + task.metadata["overlap"] == 1
 
 
+@pytest.mark.parametrize("kind", ["text", "classification"])
+def test_copies_of_records_that_are_held_out_are_not_learned(tmp_path, kind):
+    rows = [{**row, "label": "ab"[int(row["answer"][1:]) % 2]} for row in qa(10)]
+    file = write(tmp_path / "x.jsonl", rows * 4)
+    task = build_tasks("jsonl", {"tasks": [file], "kind": kind})[0]
+    assert (len(task.train), len(task.eval)) == ((36, 4) if kind == "text" else (32, 8))
+    assert task.metadata["overlap"] == 0 and not {*task.train.ids} & {*task.eval.ids}
+
+
 def test_training_ids_are_unique_over_tasks(tmp_path):
     files = [write(tmp_path / f"{n}.jsonl", qa(4)) for n in "ab"]
     tasks = build_tasks("jsonl", {"tasks": files})

@@ -162,6 +162,19 @@ def test_holding_out_is_stratified_and_loses_nothing(groups, fraction, seed):
         assert sum(groups[i] == group for i in out) == expected
 
 
+@given(st.lists(st.integers(0, 9), min_size=2, max_size=60), st.floats(0.05, 0.9), st.randoms())
+@settings(max_examples=40, deadline=None)
+def test_no_copy_of_what_is_held_out_is_learned(contents, fraction, random):
+    ids = [f"{i}" for i in range(len(contents))]
+    train, out = held_out(ids, [0] * len(ids), fraction, 0, contents)
+    assert sorted(train + out) == list(range(len(ids))) and train and out
+    assert len(set(contents)) == 1 or not {contents[i] for i in train} & {contents[i] for i in out}
+    order = list(range(len(ids)))
+    random.shuffle(order)
+    _, other = held_out([ids[i] for i in order], [0] * len(ids), fraction, 0, [contents[i] for i in order])
+    assert len(set(contents)) == 1 or sorted(order[i] for i in other) == out
+
+
 def test_permuted_domains_keep_pixels_and_rotated_ones_turn_them():
     images = torch.arange(2 * 3 * 4 * 4, dtype=torch.uint8).reshape(2, 3, 4, 4)
     data = LabelledExamples(images, torch.tensor([0, 1]), ["a", "b"])
