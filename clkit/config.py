@@ -82,7 +82,7 @@ class ReplayConfig:
         "examples of a task, else as batch",
         choices=("auto", "batch"),
     )
-    ratio: float = opt(1.0, "replayed examples per new example in a batch", above=0, max=16)
+    ratio: float = opt(1.0, "replayed examples per new example, over all batches of a task", above=0, max=16)
 
 
 @dataclass

@@ -252,12 +252,16 @@ class StepLoader:
     def __iter__(self) -> Iterator[Batch]:
         total = self._total()
         per_epoch = -(-len(self.positions) // self._train.batch_size)
-        epoch, order = -1, []
+        epoch, order, shown = -1, [], 0
         for step in range(self._start, total):
             if step // per_epoch != epoch:
                 epoch = step // per_epoch
                 order = self._order(epoch)
+                shown = epoch * len(self.positions) + sum(map(len, order[: step % per_epoch]))
             new = order[step % per_epoch]
+            # Of all so far, not of this batch alone: of a twentieth nothing would be left in each batch of eight.
+            replayed = int((shown + len(new)) * self._ratio + 0.5) - int(shown * self._ratio + 0.5)
+            shown += len(new)
             if self._buffer is None:
                 yield self.source.batch(new)
                 continue
@@ -267,7 +271,7 @@ class StepLoader:
                     batch.replayed = new >= len(self._new)
                 yield batch
                 continue
-            old = self._draw(self._buffer, len(new))
+            old = self._draw(self._buffer, replayed)
             batch = self.source.batch(torch.cat([new, old]) if len(old) else new)
             if len(old):
                 batch.replayed = torch.arange(len(batch)) >= len(new)
@@ -279,9 +283,7 @@ class StepLoader:
         """Positions in the pool of rehearsed examples of *earlier* stages."""
         if self._stage == 0 or not len(buffer):
             return torch.empty(0, dtype=torch.long)
-        return self._places(
-            buffer.sample(round(count * self._ratio), self._draws, exclude_tasks=frozenset(self._tasks))
-        )
+        return self._places(buffer.sample(count, self._draws, exclude_tasks=frozenset(self._tasks)))
 
     def _places(self, refs: Sequence[Ref]) -> Tensor:
         """Positions in the pool; records of this stage's own tasks are there already."""

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -132,6 +135,20 @@ def test_ratio_sets_how_many_rehearsed_rows_join_the_new_ones():
     list(loader(sets, 0, TrainConfig(batch_size=8), buffer=buffer))
     (batch,) = loader(sets, 1, TrainConfig(batch_size=8), buffer=buffer, ratio=0.5)
     assert int(batch.replayed.sum()) == 4
+
+
+@pytest.mark.parametrize(("size", "ratio"), [(8, 0.05), (1, 0.25), (5, 0.5), (3, 1.7)])
+def test_a_ratio_that_is_no_whole_number_per_batch_holds_over_the_task(size, ratio):
+    sets, buffer, train = Sets([50, 99]), make_buffer("reservoir", 50), TrainConfig(batch_size=size, epochs=2)
+    list(loader(sets, 0, train, buffer=buffer))
+
+    def counts(start=0):
+        batches = loader(sets, 1, train, buffer=copy.deepcopy(buffer), ratio=ratio, start=start)
+        return [0 if b.replayed is None else int(b.replayed.sum()) for b in batches]
+
+    whole = counts()
+    assert abs(sum(whole) - 198 * ratio) < 1 and max(whole) <= size * ratio + 1
+    assert counts(len(whole) // 2 + 3) == whole[len(whole) // 2 + 3 :]
 
 
 def test_the_buffer_and_its_generators_are_exact_at_every_step():
