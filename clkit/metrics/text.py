@@ -16,7 +16,7 @@ from clkit.metrics.stem import stem
 
 _ARTICLES = frozenset({"a", "an", "the"})
 # A number with its sign, thousands separators and decimals is one token; so is a word with its apostrophes, C++ or C#.
-_NUMBER = r"(?<!\w)[-−]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?!\w)"
+_NUMBER = r"(?<!\w)[-−]?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|(?<!\.)\.\d+)(?!\w)"
 _UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17df\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff"
 _LETTER = rf"[^\W_{_UNSPACED}]"
 _MARKER = re.compile(r"\b(?:answer|option|choice)\b(?:\s+is\b)?\W*(?:the\b\s*)?", re.IGNORECASE)
@@ -104,7 +104,8 @@ def tolerant_match(prediction: str, gold: str, options: Sequence[str] | None = N
     """Whether a free-form prediction gives the gold answer, format aside.
 
     Texts are compared as lists of words: NFKC, casefolded, articles, punctuation and white space dropped, numbers with
-    their sign, decimals and thousands separators understood (``1,000`` is ``1000``, ``-3`` is not ``3``).
+    their sign, decimals and thousands separators understood (``1,000`` is ``1000``, ``.5`` is ``0.5`` and not ``5``,
+    ``-3`` is not ``3``).
 
     **With options**, the option that :func:`first_option` finds must be the gold.
 
@@ -191,7 +192,8 @@ def _tokens(text: str) -> list[tuple[str, int]]:
 
 
 def _fold(word: str) -> str:
-    return re.sub(r"(?<=\d),(?=\d)", "", word.casefold().replace("’", "'").replace("−", "-"))
+    plain = re.sub(r"(?<=\d),(?=\d)", "", word.casefold().replace("’", "'").replace("−", "-"))
+    return re.sub(r"^(-?)\.", r"\g<1>0.", plain)
 
 
 def _words(text: str) -> list[str]:
