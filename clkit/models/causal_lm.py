@@ -143,7 +143,9 @@ class CausalLM(Model):
                 out = lm.generate(input_ids=ids, attention_mask=mask, generation_config=greedy)
         finally:
             lm.generation_config = own
-        texts = self.tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
+        # Tokenizers that say so would take spaces away that the model wrote: "x , y" is not "x, y".
+        plain = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+        texts = self.tokenizer.batch_decode(out[:, width:], **plain)
         return [text.strip() for text in texts]
 
     def exported(self) -> list[nn.Parameter]:

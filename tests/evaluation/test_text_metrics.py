@@ -108,6 +108,17 @@ class TestGeneration:
         assert [d.prediction for d in score.details] == said
         assert [d.gold for d in score.details] == [r.answer for r in records]
 
+    def test_answers_keep_their_spaces_whatever_the_tokenizer_says_of_cleaning_up(self, monkeypatch):
+        tokenizer = byte_tokenizer()
+        # Of byte-pair tokenizers newer versions of transformers want it said twice.
+        tokenizer.clean_up_tokenization_spaces = True
+        tokenizer.clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output = True
+        lm = CausalLM("tiny", tiny_module(), tokenizer)
+        written = torch.tensor([tokenizer("print ( x , y ) .").input_ids])
+        monkeypatch.setattr(lm.module, "generate", lambda input_ids, **_: torch.cat([input_ids, written], dim=1))
+        task = with_records(text_task("exact-match"), record(answer="print ( x , y ) ."))
+        assert run(lm, task, "exact-match").value == 1
+
     def test_rouge_has_f1_as_value_and_precision_and_recall_beside_it(self, lm, monkeypatch):
         monkeypatch.setattr(CausalLM, "generate", lambda *_: ["the cat sat"])
         task = with_records(text_task("rouge-l"), record(answer="the cat sat on mats"))
