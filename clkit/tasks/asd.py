@@ -212,7 +212,9 @@ def _letter(answer: str) -> str | None:
 
 
 def _folded(text: str) -> str:
-    return " ".join(text.casefold().split())
+    """What two answers have in common that say the same: case, white space and a full stop aside."""
+    words = " ".join(text.casefold().split())
+    return words.rstrip(" .") or words
 
 
 def _asked(record: TextRecord, request: str) -> str:

@@ -78,6 +78,15 @@ def test_the_letter_always_points_at_the_right_answer_and_letters_vary():
     assert len({r.answer for r in styles["choice"]}) == 4
 
 
+def test_an_answer_with_a_full_stop_is_no_wrong_answer_beside_the_one_without():
+    both = [TextRecord(f"q{i}", ["yes", "Yes.", "no", "No."][i % 4], f"r{i}") for i in range(40)]
+    made, provenance = diversify(both, 1.0, 0)
+    converted = [r for r in made if r.id in provenance]
+    assert len(converted) == 40 and all(len(r.options or ()) == 2 for r in converted)
+    cities = [TextRecord(f"q{i}", ["Paris", "Paris."][i % 2], f"r{i}") for i in range(10)]
+    assert all(r.answer == "yes" for r in diversify(cities, 1.0, 0)[0] if r.options == ("yes", "no"))
+
+
 def test_it_is_a_function_of_the_seed_and_zero_changes_nothing():
     assert diversify(records(), 0.3, 5) == diversify(records(), 0.3, 5)
     assert diversify(records(), 0.3, 5) != diversify(records(), 0.3, 6)
