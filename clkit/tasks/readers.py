@@ -158,6 +158,9 @@ def _read_parquet(path: Path, problems: list[Problem]) -> list[Row]:
         with tempfile.TemporaryDirectory() as cache:
             table = datasets.Dataset.from_parquet(str(path), cache_dir=cache, keep_in_memory=True)
             values = table.to_list()
+            for column, feature in table.features.items():
+                if isinstance(feature, datasets.ClassLabel):  # whose -1 means unlabelled, and is no class
+                    values = [row | {column: None} if row[column] == -1 else row for row in values]
     except (ValueError, datasets.exceptions.DatasetsError) as error:
         problems.append(Problem(str(path), f"not a readable parquet file: {error.__cause__ or error}"))
         return []

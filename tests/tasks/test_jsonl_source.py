@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from clkit.errors import ConfigError
+from clkit.errors import ConfigError, DataError
 from clkit.tasks import build_tasks
 from clkit.tasks.base import content_id
 
@@ -77,6 +77,19 @@ def test_copies_of_records_that_are_held_out_are_not_learned(tmp_path, kind):
     task = build_tasks("jsonl", {"tasks": [file], "kind": kind})[0]
     assert (len(task.train), len(task.eval)) == ((36, 4) if kind == "text" else (32, 8))
     assert task.metadata["overlap"] == 0 and not {*task.train.ids} & {*task.eval.ids}
+
+
+def test_unlabelled_rows_of_a_parquet_file_are_no_class_of_their_own(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    label = datasets.ClassLabel(names=["entailment", "neutral"])
+    features = datasets.Features({"prompt": datasets.Value("string"), "label": label})
+    rows = [{"prompt": f"p{i}", "label": i % 3 - 1} for i in range(12)]
+    path, config = tmp_path / "x.parquet", {"kind": "classification", "classes_per_task": 1}
+    datasets.Dataset.from_list(rows, features=features).to_parquet(path)
+    with pytest.raises(DataError, match=r"x.parquet:1: has neither 'label' nor 'answer'"):
+        build_tasks("jsonl", {"tasks": [str(path)], **config})
+    datasets.Dataset.from_list([r for r in rows if r["label"] >= 0], features=features).to_parquet(path)
+    assert [t.metadata["class_names"] for t in build_tasks("jsonl", {"tasks": [str(path)], **config})] == [["0"], ["1"]]
 
 
 def test_training_ids_are_unique_over_tasks(tmp_path):
