@@ -84,7 +84,7 @@ def record_problems(config: RecordsConfig, single: bool) -> list[Problem]:
     if classification and single:
         return problems + split_problems(config)
     why = "with several of them each is a task" if classification else f"kind '{config.kind}' has no classes"
-    for key in ("num_tasks", "class_order", "order_seed"):
+    for key in ("num_tasks", "classes_per_task", "class_order", "order_seed", "domain"):
         if getattr(config, key) != SplitConfig.__dataclass_fields__[key].default and getattr(config, key) != []:
             problems.append(Problem(f"tasks.{key}", f"splits a single data set by class; {why}. Remove it"))
     return problems

@@ -237,6 +237,9 @@ def test_options_that_are_wrong_are_all_told_before_anything_is_read(tmp_path):
     with pytest.raises(ConfigError, match=r"tasks\.num_tasks: .* with several of them each is a task"):
         both = ["news.jsonl", "two"]
         build_tasks("jsonl", {"root": str(tmp_path), "tasks": both, "kind": "classification", "num_tasks": 2})
+    for key, value in (("classes_per_task", 5), ("domain", "permute")):
+        with pytest.raises(ConfigError, match=rf"tasks\.{key}: .* with several of them each is a task"):
+            build_tasks("jsonl", {"root": str(tmp_path), "tasks": both, "kind": "classification", key: value})
     with pytest.raises(ConfigError, match=r"tasks\.order_seed: .* kind 'text' has no classes"):
         build_tasks("jsonl", {"root": str(tmp_path), "tasks": ["news.jsonl"], "order_seed": 0})
     with pytest.raises(ConfigError, match=r"tasks\.holdout: works for kind text"):
