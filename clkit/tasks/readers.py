@@ -72,6 +72,9 @@ def _json_lines(path: Path, text: str, problems: list[Problem]) -> list[Row]:
 def _read_json(path: Path, problems: list[Problem]) -> list[Row]:
     text = _text(path, problems)
     if not text.lstrip().startswith("["):
+        if _is_one_object(text):
+            problems.append(Problem(str(path), "is one object; give an array of records, or one record per line"))
+            return []
         return _json_lines(path, text, problems)
     rows: list[Row] = []
     line, counted = 1, 0
@@ -84,6 +87,16 @@ def _read_json(path: Path, problems: list[Problem]) -> list[Row]:
         line = getattr(error, "lineno", line)
         problems.append(Problem(f"{path}:{line}", f"not valid JSON: {json_reason(error)}"))
     return rows
+
+
+def _is_one_object(text: str) -> bool:
+    """Whether all of a text of several lines is one JSON object, as where records stand under a key."""
+    if "\n" not in text.strip():
+        return False
+    try:
+        return isinstance(json.loads(text), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def _elements(text: str) -> Iterator[tuple[int, Any]]:

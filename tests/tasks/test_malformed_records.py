@@ -78,6 +78,7 @@ def test_all_problems_of_all_files_come_in_one_error_with_twenty_shown(tmp_path)
         ("x.json", b'[{"prompt": "p", "answer": "a"}\n', "x.json:2: not valid JSON: expected ',' or ']' at column 1"),
         ("x.json", b'[{"prompt": "p", "answer": "a"}]\n]', "x.json:2: not valid JSON: more text after the array"),
         ("x.json", b'[{"prompt": "p", "answer": "a"},\n]', "x.json:2: not valid JSON: Expecting value"),
+        ("x.json", b'{"data": [\n{"prompt": "p", "answer": "a"}\n]}', "x.json: is one object; give an"),
         ("x.parquet", b"PAR1 but not really", "x.parquet: not a readable parquet file"),
     ],
 )
