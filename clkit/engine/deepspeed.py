@@ -220,6 +220,8 @@ class DeepSpeedEngine(LocalEngine):
             self._deepspeed.optimizer.clear_backward_seen_flag()
         self._deepspeed.set_gradient_accumulation_boundary(last)
         self._deepspeed.backward(loss, scale_wrt_gas=False)
+        if last and self.config.offload_optimizer != "none":
+            self._pieces.complete()
 
     def unscale(self) -> None:
         """Divide the gradients by the float16 loss scale."""
@@ -276,6 +278,7 @@ class DeepSpeedEngine(LocalEngine):
             self._deepspeed.step()
         else:
             self._pieces.drop(self._deepspeed)
+        self._pieces.clear()
         if self._scaler is not None:
             _update(self._scaler, finite)
         self._done += 1

@@ -53,6 +53,18 @@ class Pieces(ABC):
     def drop(self, engine: Any) -> None:
         """Forget the gradients without an update."""
 
+    def complete(self) -> None:
+        """Where gradients lie in main memory, bring those there too that the last backward pass added nothing to."""
+        finalize = getattr(self.zero, "finalize_gradient_accumulation_boundary", None)
+        if finalize is not None:  # DeepSpeed brings the others only
+            finalize()
+
+    def clear(self) -> None:
+        """Set to zero what is left of gradients after a step, where DeepSpeed keeps it.
+
+        It adds up, or applies once more, what is left of a parameter that gets no gradient in the next step.
+        """
+
 
 class Replicas(Pieces):
     """Stage 0: everything is everywhere."""
@@ -156,6 +168,12 @@ class Slices(Sharded):
     def _here(self, parameter: Any) -> Tensor:
         return self.piece(parameter, parameter.data)
 
+    def clear(self) -> None:
+        """Those in main memory; others are gone with the step."""
+        flat = [f.grad for f in self.zero.single_partition_of_fp32_groups if f.grad is not None]
+        for left in (*flat, *getattr(self.zero, "accumulated_grads_in_cpu", {}).values()):
+            left.zero_()
+
     def _place(self, parameter: Any) -> tuple[Tensor, int, int] | None:
         mapping = parameter._hp_mapping
         if mapping is None:
@@ -222,3 +240,10 @@ class Partitions(Sharded):
     def drop(self, engine: Any) -> None:
         """Clear them."""
         self.zero.zero_grad(set_to_none=True)
+
+    def clear(self) -> None:
+        """The sums of a step's backward passes, and their copies in main memory."""
+        self.zero.grad_partitions_flat_buffer.zero_()
+        for flat in self.zero.fp32_partitioned_groups_flat:
+            if flat.grad is not None:
+                flat.grad.zero_()

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
+import sometimes_worker
 import torch
 import torch.nn.functional as F
 from processes import talk
@@ -41,3 +43,24 @@ def test_every_process_gathers_the_same_after_each_update_and_writes_last(tmp_pa
         assert first["split"] == second["split"] == [0, 0, 0], "outside the context nothing is whole"
         assert first["written"] == second["written"] == [0.5] * 35
         assert first["after a step of 0"] == second["after a step of 0"] == [0.5] * 35
+
+
+@pytest.mark.slow
+def test_a_parameter_without_a_gradient_in_a_step_gets_no_earlier_one_and_none_of_a_pass_is_lost():
+    """By torch itself: a layer that some steps, or some passes of a step, leave out, and a penalty on all weights."""
+    net, x, y = sometimes_worker.data()
+    expected = []
+    for passes in sometimes_worker.STEPS:
+        losses = []
+        for net.used in passes:
+            losses.append(F.cross_entropy(net(x), y) / len(passes))
+        gradients = torch.autograd.grad(torch.stack(losses).sum(), list(net.parameters()), allow_unused=True)
+        with torch.no_grad():
+            for parameter, gradient in zip(net.parameters(), gradients, strict=True):
+                whole = sometimes_worker.PULL * parameter + (0 if gradient is None else gradient)
+                parameter -= sometimes_worker.RATE * whole
+        expected.append(torch.cat([p.detach().flatten() for p in net.parameters()]).tolist())
+    cases = [(0, "none"), (1, "cpu"), (2, "none"), (2, "cpu"), (3, "none"), (3, "cpu")]
+    for found in talk("sometimes_worker.py", cases, 2):
+        for case, weights in zip(cases, found, strict=True):
+            np.testing.assert_allclose(weights, expected, atol=1e-5, err_msg=str(case))
