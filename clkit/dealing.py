@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING
 
 import torch
@@ -25,7 +26,7 @@ def dealt(
 ) -> list[tuple[Batch, Share]]:
     """This process's micro-batches of a batch, on the device, each with its shares (none where it is the whole batch).
 
-    All processes get equally many. One that would have nothing to do repeats the first part with a share of 0.
+    All processes get equally many. One that would have nothing to do repeats a part of the same kind with a share of 0.
     """
     rank, world = engine.group.rank, engine.group.world
     rows = engine.rows(batch, train.micro_batch)
@@ -39,16 +40,26 @@ def dealt(
         whole = augmented(batch, train.augment, streams)
         for part, some in zip(parts, rows, strict=True):
             part.inputs = {name: value[some] for name, value in whole.inputs.items()}
-    pairs = [*zip(parts, given, strict=True), *[(parts[0], dict.fromkeys(given[0], 0.0))] * (-len(parts) % world)]
+    pairs: list[tuple[Batch, Share]] = []
+    for _, alike in itertools.groupby(zip(parts, given, strict=True), lambda pair: _kinds(pair[0])):
+        pairs += alike
+        part, share = pairs[-1]
+        pairs += [(part, dict.fromkeys(share, 0.0))] * (-len(pairs) % world)
     return [(part.to(engine.device), share) for part, share in pairs[rank::world]]
+
+
+def _kinds(part: Batch) -> set[bool]:
+    """Which rows it has: new ones, rehearsed ones, or both."""
+    return set() if part.replayed is None else {*part.replayed.tolist()}
 
 
 def cut(count: int, replayed: Tensor | None, size: int, processes: int) -> list[Tensor]:
     """Which rows of a batch each part has, at most ``size`` of them (0 = no limit).
 
     For several processes rows are dealt out like cards, new and rehearsed ones each by themselves: parts are alike in
-    size, and none lacks rehearsed rows while others have some, so that every process runs the same passes (ZeRO-3
-    depends on it). A batch of fewer rows of a kind than processes gives fewer parts than there are processes.
+    size, and all have rehearsed rows if one has, so that every process runs the same passes (ZeRO-3 depends on it).
+    Where that would take too large parts, because few rows are rehearsed, each kind has parts of its own. A batch of
+    fewer rows of a kind than processes gives fewer parts of it than there are processes.
 
     Args:
         count: rows of the batch.
@@ -65,9 +76,12 @@ def cut(count: int, replayed: Tensor | None, size: int, processes: int) -> list[
         return list(torch.split(rows, size or count))
     kinds = [rows] if replayed is None else [rows[~replayed], rows[replayed]]
     kinds = [kind for kind in kinds if len(kind)]
-    wanted = processes * -(-count // (processes * (size or count)))
-    parts = min([wanted, *map(len, kinds)])
-    return [torch.cat([kind[part::parts] for kind in kinds]) for part in range(parts)]
+    parts = min([processes * -(-count // (processes * (size or count))), *map(len, kinds)])
+    if -(-count // parts) > min(size or count, -(-count // processes)):
+        return [kind[part] for kind in kinds for part in cut(len(kind), None, size, processes)]
+    # The second kind is dealt from the other end, so that no part has one row more of both.
+    places = [[part, parts - 1 - part] for part in range(parts)]
+    return [torch.cat([kind[i::parts] for kind, i in zip(kinds, place, strict=False)]) for place in places]
 
 
 def split_batch(batch: Batch, size: int, processes: int = 1) -> list[Batch]:

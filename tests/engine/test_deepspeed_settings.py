@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import types
 
 import pytest
 import torch
@@ -10,10 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from clkit import api, resolve
-from clkit.dealing import cut
+from clkit.config import TrainConfig
+from clkit.dealing import cut, dealt
+from clkit.engine import base
 from clkit.engine.settings import DeepSpeedConfig, settings
 from clkit.errors import CapabilityError, ConfigError
 from clkit.registry import STRATEGIES
+from clkit.tasks.batch import Batch, Encoded
 
 
 def test_clipping_and_types_are_always_written():
@@ -112,17 +117,42 @@ def test_a_stage_that_a_strategy_does_not_declare_is_refused_before_anything_is_
 
 
 @given(st.data(), st.integers(1, 40), st.integers(0, 9), st.integers(1, 5))
-def test_every_row_is_dealt_once_and_no_process_lacks_a_kind(data, count, size, processes):
+def test_every_row_is_dealt_once_and_parts_that_are_computed_together_have_the_same_kinds(data, count, size, processes):
     replayed = torch.tensor(data.draw(st.lists(st.booleans(), min_size=count, max_size=count)))
     parts = cut(count, replayed, size, processes)
     assert sorted(torch.cat(parts).tolist()) == list(range(count))
+    assert all(0 < len(part) <= (size or count) for part in parts)
     if processes == 1:
-        assert all(len(part) <= (size or count) for part in parts)
         return
-    for kind in (replayed, ~replayed):
-        held = [int(kind[part].sum()) for part in parts]
-        assert max(held) - min(held) <= 1
-        assert not kind.any() or min(held) >= 1
-    wanted = processes * -(-count // (processes * (size or count)))
-    if min(n for n in (int(replayed.sum()), int((~replayed).sum())) if n) >= wanted:
-        assert all(len(part) <= (size or count) + 1 for part in parts)
+    assert max(map(len, parts)) <= -(-count // processes), "none does the work of others"
+    kinds = [replayed[part].unique().tolist() for part in parts]
+    runs = [list(run) for _, run in itertools.groupby(parts, lambda part: replayed[part].unique().tolist())]
+    assert kinds in ([kinds[0]] * len(parts), sorted(kinds)), "each kind by itself, the new rows first, or both in all"
+    for run in runs:
+        for kind in (replayed, ~replayed):
+            held = [int(kind[part].sum()) for part in run]
+            assert max(held) - min(held) <= 1
+
+
+def test_few_rehearsed_rows_are_dealt_apart_and_idle_processes_repeat_a_part_of_the_same_kind():
+    class Rows(Encoded):
+        ids = [f"{i}" for i in range(9)]
+
+        def batch(self, indices):
+            return Batch({}, indices, len(indices), indices, self)
+
+    class Engine:
+        device = torch.device("cpu")
+        rows = base.Engine.rows
+
+        def __init__(self, rank):
+            self.group = types.SimpleNamespace(rank=rank, world=4)
+
+        def units(self, strategy, part):
+            return {"*": float(len(part))}
+
+    batch = Rows().batch(torch.arange(9))
+    batch.replayed = torch.arange(9) >= 8  # one of them, which a part of every process would have to share
+    given = [dealt(batch, TrainConfig(micro_batch=2), None, Engine(rank), None) for rank in range(4)]
+    assert [[part.labels.tolist() for part, _ in own] for own in given] == [[[k, k + 4], [8]] for k in range(4)]
+    assert [[share["*"] * 9 for _, share in own] for own in given] == [[2, 1], [2, 0], [2, 0], [2, 0]]
