@@ -12,7 +12,7 @@ import torch
 
 from clkit import tracking
 from clkit.config import EvalConfig, ModelConfig, Plugin, RunConfig
-from clkit.engine import ENGINES
+from clkit.engine import ENGINES, launch
 from clkit.errors import CapabilityError, ClkitError, ConfigError, DataError, ModelError, Problem
 from clkit.evaluation import SCORERS
 from clkit.models import load_model, wrap
@@ -177,6 +177,7 @@ def check(config: RunConfig, tasks: TaskSequence, capabilities: Any) -> Engine:
         check_capabilities(config.strategy.name, capabilities, tasks)
     except CapabilityError as error:
         errors.append(error)
+    errors += _alone_among_many(config)
     errors += ENGINES.get(config.engine.name).refuse(config, capabilities)
     errors += _metric_errors(tasks, config.eval.also)
     errors += [ConfigError(str(p)) for p in tracking.problems(config.tracking.to)]
@@ -274,6 +275,18 @@ def coerce(model: Any, strategy: Any, config: Any) -> tuple[Model, Strategy, Run
     if isinstance(model, torch.nn.Module):
         model = wrap(model)
     return model, strategy, config
+
+
+def _alone_among_many(config: RunConfig) -> list[ClkitError]:
+    """An engine for one process, in one of several that a launcher started: only the first would keep its run."""
+    if not launch.running() or launch.world() == 1 or ENGINES.get(config.engine.name).several:
+        return []
+    return [
+        ConfigError(
+            f"engine.name: '{config.engine.name}' is for a single process, and the launcher started {launch.world()} "
+            "(RANK and WORLD_SIZE are set); take engine=deepspeed (or private), or start one process"
+        )
+    ]
 
 
 def check_capabilities(name: str, capabilities: Any, tasks: TaskSequence) -> None:

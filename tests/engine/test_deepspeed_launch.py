@@ -16,6 +16,7 @@ from processes import environment, talk
 
 from clkit import api, resolve
 from clkit.cli import main
+from clkit.errors import ConfigError
 
 
 def command(file: Path, count: int, *overrides: str) -> list[str]:
@@ -99,3 +100,13 @@ def test_several_processes_need_an_engine_for_several(file, capsys):
     assert "set engine=deepspeed" in capsys.readouterr().err
     assert main(["run", str(file), "--num-processes", "0"]) == 2
     assert "--num-processes: got 0, expected at least 1" in capsys.readouterr().err
+
+
+def test_a_script_that_was_started_several_times_is_told_when_its_engine_is_for_one_process(
+    text_content, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match=r"engine\.name: 'local' is for a single process, and the launcher started 2"):
+        api.run(resolve.validate(text_content | {"output_dir": str(tmp_path / "run")}))
+    assert not (tmp_path / "run").exists()
