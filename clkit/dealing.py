@@ -53,19 +53,20 @@ def _kinds(part: Batch) -> set[bool]:
     return set() if part.replayed is None else {*part.replayed.tolist()}
 
 
-def cut(count: int, replayed: Tensor | None, size: int, processes: int) -> list[Tensor]:
+def cut(count: int, replayed: Tensor | None, size: int, processes: int, *, apart: bool = True) -> list[Tensor]:
     """Which rows of a batch each part has, at most ``size`` of them (0 = no limit).
 
     For several processes rows are dealt out like cards, new and rehearsed ones each by themselves: parts are alike in
     size, and all have rehearsed rows if one has, so that every process runs the same passes (ZeRO-3 depends on it).
-    Where that would take too large parts, because few rows are rehearsed, each kind has parts of its own. A batch of
-    fewer rows of a kind than processes gives fewer parts of it than there are processes.
+    Where that would take too large parts, because few rows are rehearsed, each kind has parts of its own, if it may.
+    A batch of fewer rows of a kind than processes gives fewer parts of it than there are processes.
 
     Args:
         count: rows of the batch.
         replayed: (count,) bool, True for rehearsed rows; None when there are none.
         size: rows per part.
         processes: how many share the parts.
+        apart: whether kinds may have parts of their own; else few rehearsed rows make few parts, of whatever size.
 
     Example:
         >>> [part.tolist() for part in cut(5, None, 2, 1)], [part.tolist() for part in cut(5, None, 0, 2)]
@@ -77,7 +78,7 @@ def cut(count: int, replayed: Tensor | None, size: int, processes: int) -> list[
     kinds = [rows] if replayed is None else [rows[~replayed], rows[replayed]]
     kinds = [kind for kind in kinds if len(kind)]
     parts = min([processes * -(-count // (processes * (size or count))), *map(len, kinds)])
-    if -(-count // parts) > min(size or count, -(-count // processes)):
+    if apart and -(-count // parts) > min(size or count, -(-count // processes)):
         return [kind[part] for kind in kinds for part in cut(len(kind), None, size, processes)]
     # The second kind is dealt from the other end, so that no part has one row more of both.
     places = [[part, parts - 1 - part] for part in range(parts)]

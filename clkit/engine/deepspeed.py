@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from clkit.checkpoint import tensor_dict
 from clkit.config import RunConfig, TrainConfig
+from clkit.dealing import cut
 from clkit.engine import launch
 from clkit.engine.group import Group, local_group
 from clkit.engine.local import LARGEST_HALF, LocalEngine
@@ -28,6 +29,7 @@ from clkit.errors import CapabilityError, ClkitError, ConfigError, Problem
 from clkit.models.base import Model
 from clkit.models.lora import true_shape
 from clkit.models.noise import routed
+from clkit.tasks.batch import Batch
 
 # Stands among the users of a gathered parameter, so that no forward pass inside the context gives it back.
 _HELD = -1
@@ -207,6 +209,10 @@ class DeepSpeedEngine(LocalEngine):
                 parameter.data = parameter.data.clone()
 
     # --- one step ---------------------------------------------------------------------------------------------------
+    def rows(self, batch: Batch, size: int) -> list[Tensor]:
+        """See the contract. DeepSpeed's ZeRO-3 can't take a step whose pieces differ in their forward passes."""
+        return cut(len(batch), batch.replayed, size, self.group.world, apart=not self._partitioned)
+
     def backward(self, loss: Tensor, last: bool = True) -> None:
         """See the contract; the gradient becomes the sum over the processes, which DeepSpeed calls a mean.
 

@@ -199,3 +199,21 @@ def test_recomputed_activations_change_nothing(content):
     for run in runs:
         ours = Path(run["output_dir"])
         same_numbers(ours, Path(content["folder"], "kept", *ours.parts[-2:]))
+
+
+@pytest.mark.slow
+def test_few_rehearsed_rows_change_nothing(content):
+    """One rehearsed row beside four new ones: it goes through the model by itself."""
+    options = {"ilora": {}, "lwf": {"rows": "replayed"}}
+
+    def few(name: str, where: str, engine: dict) -> dict:
+        run = run_of(content, name, where, engine, micro_batch=1)
+        return run | {"strategy": {"name": name, "replay": {"size": 12, "ratio": 0.25}, **options[name]}}
+
+    for name in options:
+        api.run(resolve.validate(few(name, "few", {"name": "local"})))
+    runs = [few(name, f"few{stage}", deepspeed(content, stage)) for stage in (0, 2) for name in options]
+    talk("run_many.py", runs, 2)
+    for run in runs:
+        ours = Path(run["output_dir"])
+        same_numbers(ours, Path(content["folder"], "few", ours.name))
