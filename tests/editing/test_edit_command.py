@@ -10,19 +10,10 @@ import sys
 import time
 
 import pytest
+from quickly import METHOD
 
 from clkit.cli import main
 from clkit.editing.journal import Journal
-
-METHOD = {
-    "layer": "0",
-    "steps": 8,
-    "contexts": 1,
-    "negatives": 1,
-    "shard_size": 2,
-    "merge_every": 0,
-    "learning_rate": 0.3,
-}
 
 
 @pytest.fixture
@@ -33,7 +24,7 @@ def command(tiny_llama, tmp_path):
     ]
     file = tmp_path / "edits.jsonl"
     file.write_text("".join(json.dumps(r) + "\n" for r in rows))
-    options = [f"{k}={v}" for k, v in METHOD.items()]
+    options = [f"{k}={v}" for k, v in METHOD.items() if k != "name"]
     return [
         "edit",
         "--model",

@@ -9,6 +9,7 @@ import time
 
 import pytest
 import torch
+from quickly import METHOD
 
 import clkit
 from clkit.editing import attach
@@ -16,16 +17,6 @@ from clkit.editing.journal import Journal
 from clkit.editing.store import fingerprint, held
 from clkit.errors import BusyError, CheckpointError, ClkitError, ConfigError, ModelError, NumericalError, RequestError
 
-METHOD = {
-    "name": "wise",
-    "layer": "0",
-    "steps": 8,
-    "contexts": 1,
-    "negatives": 1,
-    "shard_size": 2,
-    "merge_every": 0,
-    "learning_rate": 0.3,
-}
 PROMPTS = ("Town of 0?", "Town of 2?", "something else")
 
 
