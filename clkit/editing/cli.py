@@ -67,7 +67,8 @@ def _apply(arguments: Any) -> None:
     records = read_requests(arguments.requests)  # every malformed one is found before the model is loaded
     if arguments.on_conflict == "replace":
         records = lasting(records)
-    _section(arguments)
+    if not (arguments.output / "edits.json").is_file():
+        _section(arguments)  # before the directory is made; of edits that are there it is compared with theirs
     with held(arguments.output):  # from before the model is loaded to the report: a second command is refused at once
         _learn(arguments, records)
 

@@ -86,7 +86,8 @@ class Pass:
         cache: the key-value cache that it continues.
         past: how many tokens are in that cache.
         kept: what that cache carries.
-        input: how many tokens the input of ``generate`` has, those in the cache included; None = not in ``generate``.
+        input: how many tokens the input of ``generate`` has, those in the cache included; None = not in ``generate``,
+            or all is decided.
         packed: it holds several sequences in one row.
     """
 

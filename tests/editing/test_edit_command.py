@@ -100,6 +100,10 @@ def test_edits_are_gone_on_with_as_they_were_begun(command, tmp_path, capsys):
         assert main([*fresh, "--strategy", "grace", "--set", option]) == 2
         assert not (tmp_path / "fresh").exists(), "a wrong option is found before anything is written"
     assert (tmp_path / "out" / "journal.jsonl").read_bytes() == journal
+    plain = command[: command.index("--set")]
+    other = [o.replace(str(tmp_path / "out"), str(tmp_path / "grace")) for o in plain]
+    assert main([*other, "--strategy", "grace", "--set", "radius=0.3", "steps=2"]) == 0
+    assert main([*other, "--set", "radius=0.3"]) == 0, "options are those of the method that made the edits"
     assert main([*command[: command.index("--set")], "--quiet"]) == 0
 
 
