@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,7 @@ def merge(deltas: Tensor, method: str, density: float = 0.2) -> Tensor:
         for delta in deltas:
             merged = torch.where(delta.abs() > merged.abs(), delta, merged)
         return merged
-    kept = math.ceil(density * merged.numel())
+    kept = math.ceil(Fraction(str(density)) * merged.numel())  # of the decimal: .07 * 100 is more than 7 in floats
     for delta in deltas:
         magnitude = delta.abs()
         delta[magnitude < magnitude.flatten().topk(kept, sorted=False).values.min()] = 0

@@ -7,9 +7,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -31,6 +32,10 @@ _UNSEEN = (
 _MERGED = (
     "engine.per_unit: a trained layer gets the tokens of all examples as rows of one matrix (as fc1 and fc2 of OPT and "
     "the experts of mixtures do), so Opacus' hooks would clip each token by itself; take engine.per_unit=loop"
+)
+_SHARED = (
+    "engine.per_unit: a trained layer is used more than once in a pass, which Opacus' ghost clipping can't do; take "
+    "engine.per_unit=loop"
 )
 
 
@@ -59,6 +64,20 @@ class Clipper:
         """A new batch: the unit of each of its rows."""
         self._left, self._open = Counter(units), {}
         self._sums = [None] * len(self._parameters)
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        """Around the pass that the losses come from.
+
+        Raises:
+            CapabilityError: a layer runs twice in it, which ghost clipping can't do.
+        """
+        try:
+            yield
+        except NotImplementedError as error:  # of Opacus' forward hook
+            if self.way != "ghost" or "tying" not in str(error):
+                raise
+            raise CapabilityError(_SHARED) from error
 
     def add(self, losses: Tensor, units: Sequence[int]) -> None:
         """Add what a piece of the batch gives.

@@ -11,6 +11,7 @@ of the units; the first adds the noise, once, to its sum; then the sums are adde
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import secrets
@@ -284,7 +285,8 @@ class PrivateEngine(LocalEngine):
         self._each = None
         if not len(part):
             return {"cross_entropy": torch.zeros((), device=self.device)}
-        each = strategy.example_losses(part)
+        with self._clipper.watching() if self._clipper is not None else contextlib.nullcontext():
+            each = strategy.example_losses(part)
         self._each = each, part
         return {"cross_entropy": each.detach().mean()}
 

@@ -10,6 +10,7 @@ Notation: an answer of L tokens has the loss ``l`` = mean of its L token losses 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -154,7 +155,10 @@ def forget_quality(unlearned: ArrayLike, retrained: ArrayLike) -> ForgetQuality 
     a, b = _floats(unlearned, "unlearned", 1), _floats(retrained, "retrained", 1)
     if not len(a) or not len(b) or np.isnan(a).any() or np.isnan(b).any():
         return None
-    test = stats.ks_2samp(a, b)
+    with warnings.catch_warnings():
+        # Where the exact value rounds to more than 1, scipy says so and takes the asymptotic one, which is 1.
+        warnings.filterwarnings("ignore", "ks_2samp: Exact calculation unsuccessful", RuntimeWarning)
+        test = stats.ks_2samp(a, b)
     distance = float(test.statistic)
     margin = CRITICAL_05 * math.sqrt((len(a) + len(b)) / (len(a) * len(b)))
     return ForgetQuality(float(test.pvalue), distance, min(1.0, distance + margin), (len(a), len(b)))

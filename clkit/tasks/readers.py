@@ -147,7 +147,11 @@ def _read_csv(path: Path, problems: list[Problem]) -> list[Row]:
     # Cells of any length can be read; how long a text may be is `max_chars`' to say. The limit is the process's own.
     limit = csv.field_size_limit(max(len(text), csv.field_size_limit()))
     try:
-        expected = len(reader.fieldnames or ())
+        names = list(reader.fieldnames or ())
+        expected = len(names)
+        for name in sorted({name for name in names if name and names.count(name) > 1}):
+            what = f"the header has {names.count(name)} columns '{name}'; give each column a name of its own"
+            problems.append(Problem(f"{path}:1", what))
         line = reader.line_num + 1
         for record in reader:
             where, line = f"{path}:{line}", reader.line_num + 1

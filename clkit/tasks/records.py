@@ -111,15 +111,17 @@ class Ids:
     def __init__(self) -> None:
         self._given: dict[str, str] = {}
         self._used: dict[str, set[str]] = {}
+        self._counts: dict[tuple[str, str], int] = {}  # how many records of a set say the same
 
     def give(self, given: str | None, content: str, pool: str, where: str, problems: list[Problem]) -> str:
         """The record's id, unique within ``pool``."""
         used = self._used.setdefault(pool, set())
         if given is None:
-            found, count = content, 1
+            found, count = content, self._counts.get((pool, content), 1)
             while found in used:
                 count += 1
                 found = f"{content}-{count}"
+            self._counts[pool, content] = count
             used.add(found)
             return found
         if given in self._given or given in used:

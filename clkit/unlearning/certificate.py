@@ -20,6 +20,7 @@ from clkit.unlearning.ledger import CERTIFICATE, FILE, Ledger
 from clkit.unlearning.manifest import Manifest
 
 SCHEMA = 1
+PAGE = "certificate.md"
 NOT_CLAIMED = (
     "that the base model knew nothing of the forgotten records from its own pre-training",
     "anything about copies of the superseded model, its checkpoints, exports, logs or answers that left this run",
@@ -98,7 +99,7 @@ def write(
         "not_claimed": list(NOT_CLAIMED),
     }
     content["digest"] = digest(content)
-    write_text(folder / "certificate.md", markdown(content))
+    write_text(folder / PAGE, markdown(content))
     write_json(folder / CERTIFICATE, content)
     return folder / CERTIFICATE
 
@@ -176,6 +177,8 @@ def _figures(guarantee: dict[str, Any] | None) -> list[str]:
 def verify(path: Path, signed_by: str | None = None) -> list[Finding]:
     """Check a certificate again: its hash and signature, the manifest and its roots, the new run's files, the ledger.
 
+    ``certificate.md`` is checked where it still lies beside the certificate.
+
     Args:
         path: the certificate.
         signed_by: the public key that must have signed it, hexadecimal; without one, a signature is only checked
@@ -214,7 +217,11 @@ def verify(path: Path, signed_by: str | None = None) -> list[Finding]:
         found.append(Finding("gates", all(f["passed"] is True for f in content["verification"])))
     except (OSError, ValueError, KeyError, TypeError) as error:
         found.append(Finding("readable", False, {"error": type(error).__name__}))
-    found.append(Finding("ledger", _in_ledger(folder.parent, content)))
+    listed = _in_ledger(folder.parent, content)
+    found.append(Finding("ledger", listed is not None))
+    page = (listed or {}).get("page_sha256")  # None: of an older clkit, which did not keep it
+    if page is not None and (folder / PAGE).is_file():
+        found.append(Finding("page", file_sha256(folder / PAGE) == page, {"file": PAGE}))
     return found
 
 
@@ -228,12 +235,14 @@ def _rests_on(superseded: Path, guarantee: dict[str, Any] | None) -> list[Findin
     return [Finding("rests_on", not changed, {"changed": changed})]
 
 
-def _in_ledger(folder: Path, content: dict[str, Any]) -> bool:
+def _in_ledger(folder: Path, content: dict[str, Any]) -> dict[str, Any] | None:
+    """What the ledger holds of the job; None where it does not know this certificate."""
     if not (folder / FILE).is_file():
-        return False
+        return None
     ledger = Ledger(folder)
     try:
         state = ledger.state(content["job"])
     finally:
         ledger.close()
-    return state is not None and state[0] == "certified" and state[2].get("digest") == content.get("digest")
+    same = state is not None and state[0] == "certified" and state[2].get("digest") == content.get("digest")
+    return state[2] if state is not None and same else None

@@ -17,7 +17,7 @@ from typing import Any, Literal
 from clkit import build, resolve
 from clkit.config import RunConfig
 from clkit.errors import ClkitError, RequestError, VerificationError
-from clkit.files import disk_errors, write_json
+from clkit.files import disk_errors, file_sha256, write_json
 from clkit.rundir import fixed
 from clkit.unlearning import certificate, remains, signing
 from clkit.unlearning.case import Case, Source, open_source
@@ -307,7 +307,8 @@ class _Job:
             guarantee=self.method.figures(case),
         )
         digest = json.loads(path.read_text(encoding="utf-8"))["digest"]
-        self.ledger.advance(self.key, "certified", digest=digest)
+        page = file_sha256(self.folder / certificate.PAGE)
+        self.ledger.advance(self.key, "certified", digest=digest, page_sha256=page)
         return path
 
 

@@ -250,6 +250,17 @@ def test_a_layer_that_gets_all_tokens_as_rows_of_one_matrix_is_refused(way):
     clipper.close()
 
 
+def test_ghost_clipping_of_a_layer_that_runs_twice_is_refused_with_what_to_do():
+    layer = torch.nn.Linear(4, 4)
+    clipper = Clipper(torch.nn.Sequential(layer, layer), list(layer.parameters()), 0.1, "ghost")
+    clipper.expect([0, 1])
+    with pytest.raises(CapabilityError, match="used more than once.*engine.per_unit=loop"), clipper.watching():
+        layer(layer(torch.ones(2, 4)))
+    with pytest.raises(NotImplementedError, match="another"), clipper.watching():
+        raise NotImplementedError("another")
+    clipper.close()
+
+
 def test_an_adapter_on_opts_feed_forward_layers_is_clipped_by_records_or_refused():
     import peft
     from transformers import OPTConfig, OPTForCausalLM

@@ -123,6 +123,11 @@ def test_the_published_tables_come_out(name):
     assert min(abs(p / quality - 1) for p in ladder) < 1e-8
 
 
+def test_forget_quality_where_the_exact_value_rounds_to_more_than_one():
+    found = forget_quality(np.arange(400.0), np.r_[np.arange(5.0, 400.0), np.full(5, 500.0)])
+    assert found.p_value == pytest.approx(1) and found.distance == pytest.approx(5 / 400)
+
+
 def test_forget_quality_is_the_same_for_the_reciprocal_ratio():
     a, b = LADDER + 0.5, LADDER**2 + 0.7
     assert forget_quality(a, b) == forget_quality(1 / a, 1 / b)

@@ -42,6 +42,19 @@ def test_a_batch_is_rows_of_the_tensor(generator):
     assert torch.equal(model.loss(batch), expected) and torch.equal(model.loss(batch, model.logits(batch)), expected)
 
 
+def test_a_last_batch_of_one_small_image_goes_through_resnet_18(generator):
+    model = load("resnet-18", shape=(3, 32, 32))
+    model.module.train()
+    encoded = model.encode(examples(torch.randn(3, 3, 32, 32, generator=generator)))
+    model.loss(encoded.batch(torch.tensor([0, 1]))).backward()
+    norm = model.module.backbone.stage4[1].bn2
+    before = norm.running_mean.clone()
+    assert norm.num_batches_tracked == 1
+    model.loss(encoded.batch(torch.tensor([2]))).backward()
+    assert norm.num_batches_tracked == 1 and torch.equal(norm.running_mean, before)  # one value has no statistics
+    assert model.module.backbone.stem[1].num_batches_tracked == 2
+
+
 def test_lazy_inputs_are_read_by_index():
     class Lazy:
         def __len__(self):

@@ -50,6 +50,10 @@ def test_ties_is_trim_elect_and_disjoint_mean(density, tasks):
         assert torch.equal(ours, deltas[0])
 
 
+def test_of_a_hundred_entries_seven_percent_are_seven():
+    assert int(merge(torch.arange(1.0, 101.0).view(1, 10, 10), "ties", 0.07).count_nonzero()) == 7
+
+
 def test_ties_is_what_peft_computes():
     from peft.utils.merge_utils import ties
 

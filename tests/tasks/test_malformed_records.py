@@ -72,6 +72,7 @@ def test_all_problems_of_all_files_come_in_one_error_with_twenty_shown(tmp_path)
         ("x.json", b"[]", "x.json: has no records"),
         ("x.jsonl", b'{"prompt": "p", "answer": "a"}\n{"prompt": "\xff"}', "x.jsonl:2: not UTF-8 (byte 0xff)"),
         ("x.csv", b"prompt,answer\np,a\np,a,b\n", "x.csv:3: more cells than the header has columns (2)"),
+        ("x.csv", b"prompt,answer,answer\np,a,b\n", "x.csv:1: the header has 2 columns 'answer'; give each column"),
         ("x.csv", b"prompt,answer\np,a\np,\n", "x.csv:3: 'answer' is empty"),
         ("x.csv", b'prompt,answer\np,a\n"p', "x.csv:3: not valid CSV: unexpected end of data"),
         ("x.json", b'[\n{"prompt": "p", "answer": "a"},\n{"prompt": "p"}\n]', "x.json:3: field 'answer' is missing"),

@@ -192,13 +192,19 @@ def test_other_runs_that_may_have_learned_the_records_are_listed_wherever_they_l
     assert f"forgotten: {others[0]}." in (path.parent / "certificate.md").read_text()
 
 
-@pytest.mark.parametrize("what", ["certificate", "manifest", "weights", "checkpoints", "ledger"])
+@pytest.mark.parametrize("what", ["certificate", "page", "manifest", "weights", "checkpoints", "ledger"])
 def test_verify_finds_every_later_change(what, digits_run, digit_ids, write, capsys):
     assert unlearn(digits_run, write(request({"record_ids": digit_ids[:2]}))) == 0
     path, content = certificate(digits_run)
     assert main(["unlearn", "--verify", str(path)]) == 0
     if what == "certificate":
         path.write_text(json.dumps(content | {"issued_at": "2020-01-01"}))
+    elif what == "page":
+        page = path.with_suffix(".md")
+        kept = page.read_text()
+        page.unlink()
+        assert main(["unlearn", "--verify", str(path)]) == 0, "it may be deleted"
+        page.write_text(kept.replace("| NO |", "| yes |") + "All is well.")
     elif what == "manifest":
         (path.parent / "manifest.json").write_text('{"full": [], "retained": [], "forgotten": []}')
     elif what == "weights":
@@ -212,7 +218,7 @@ def test_verify_finds_every_later_change(what, digits_run, digit_ids, write, cap
     capsys.readouterr()
     assert main(["unlearn", "--verify", str(path)]) == 3
     expected = {"certificate": "digest", "manifest": "manifest", "weights": "new_run_files", "ledger": "ledger"}
-    expected["checkpoints"] = "new_run_checkpoints"
+    expected |= {"checkpoints": "new_run_checkpoints", "page": "page"}
     assert f"FAILED {expected[what]}" in capsys.readouterr().out
 
 
