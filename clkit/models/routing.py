@@ -179,13 +179,18 @@ class PromptRouter:
         """The forward pass that is going on; what is set as its ``choice`` is kept for its sequences."""
         return getattr(self._local, "call", None) or Pass()
 
-    def decided(self, x: Tensor, decide: Callable[[Tensor | None], Sequence[Any]]) -> list[tuple[Any, int]]:
-        """What holds for each sequence of this pass, and from which of its tokens on: the prompt's last one.
+    def decided(
+        self, x: Tensor, decide: Callable[[Tensor | None], Sequence[int]], names: Sequence[str]
+    ) -> list[tuple[int, int]]:
+        """Who answers each sequence of this pass, -1 = nobody, and from which of its tokens on: the prompt's last one.
+
+        Decisions are kept by name, so that a sequence whose answer was taken out goes on without one.
 
         Args:
             x: (B, T, ...), what a layer reads.
-            decide: gives one choice per sequence, -1 = none, from the mask of :meth:`prompt_mask`; called where nothing
-                was decided yet and the prompt ends in this pass.
+            decide: gives a place in ``names`` or -1 for each sequence, from the mask of :meth:`prompt_mask`; called
+                where nothing was decided yet and the prompt ends in this pass.
+            names: of all that can answer now.
 
         Raises:
             CapabilityError: the pass holds several sequences in one row.
@@ -197,8 +202,10 @@ class PromptRouter:
                 return [(-1, x.shape[1])] * len(x)
             mask = self.prompt_mask(call, x)
             ends = last_token(mask, x.shape[1], len(x)) + call.past
-            call.choice = list(zip(decide(mask), ends.tolist(), strict=True))
-        return [(choice, max(end - call.past, 0)) for choice, end in call.choice]
+            chosen = [names[k] if k >= 0 else None for k in decide(mask)]
+            call.choice = list(zip(chosen, ends.tolist(), strict=True))
+        places = {name: names.index(name) for name, _ in call.choice if name in names}
+        return [(places.get(name, -1), max(end - call.past, 0)) for name, end in call.choice]
 
     def prompt_mask(self, call: Pass, x: Tensor) -> Tensor | None:
         """(B, T) bool, the tokens of ``x`` (B, T, ...) that belong to the prompt; None = all of them."""

@@ -160,7 +160,7 @@ class Grace(LayerEdits):
             found: list[int] = book.find(self._gaps)
             return found
 
-        decided = self.router.decided(x, decide)
+        decided = self.router.decided(x, decide, [e.name for e in self.entries])
         if all(k < 0 for k, _ in decided):
             return output
         result = output.clone()

@@ -106,7 +106,7 @@ class Router(PromptRouter):
         self._forced: tuple[str | None] | None = None
 
     def forget(self) -> None:
-        """The memories changed: indices of earlier decisions mean nothing any more."""
+        """The memories changed: scores of earlier decisions mean nothing any more."""
         self.last = []
 
     @contextlib.contextmanager
@@ -128,6 +128,7 @@ class Router(PromptRouter):
             base: (B, T, out) what it gives.
             memories: to choose from.
         """
+        names = [m.name for m in memories]
 
         def decide(mask: Tensor | None) -> list[int]:
             read, output = self.read(x, mask), self.read(base, mask)
@@ -139,7 +140,6 @@ class Router(PromptRouter):
                 alike = rank = self.gate(readings_of(x, mask, self.mean(x, mask)), [m.edits for m in memories])
                 fit = scores.where(alike >= self.gate.limit, -math.inf)
             chosen = choose(fit, limits, rank)
-            names = [m.name for m in memories]
             near = [{} for _ in x] if alike is None else [dict(zip(names, row, strict=True)) for row in alike.tolist()]
             self.last = [
                 Decision(
@@ -152,7 +152,7 @@ class Router(PromptRouter):
             ]
             return chosen
 
-        decided = self.decided(x, decide)
+        decided = self.decided(x, decide, names)
         if self.gate is not None:
             self.carry(x)
         forced = None if self._forced is None else self._index(self._forced[0], memories)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from wise_models import logits, record, tiny
@@ -147,6 +149,27 @@ def test_a_batch_is_answered_row_by_row():
         with strategy.unedited():
             plain = strategy.model.module(**batch.inputs).logits
     assert not torch.equal(ours[0], plain[0]) and torch.equal(ours[1], plain[1])
+
+
+def test_a_sequence_in_a_cache_whose_entry_is_taken_out_is_answered_by_no_other():
+    strategy = grace("e0", "e1", "e3")
+    assert [e.edits for e in strategy.entries] == [("e0",), ("e1",), ("e3",)]
+    lm, tokenizer = strategy.model.module, strategy.model.tokenizer
+
+    def begun(prompt):
+        with torch.no_grad():
+            out = lm(input_ids=torch.tensor([tokenizer(prompt).input_ids]), use_cache=True)
+        name = next(n for n in CACHES if n in out)
+        return {name: out[name]}
+
+    caches = [begun(RECORDS[i].prompt + " ") for i in ("e0", "e1", "e3")]
+    strategy.forget(["e1"], RECORDS)
+    token = torch.tensor([tokenizer("a").input_ids[:1]])
+    with torch.no_grad():
+        mine, gone, last = (lm(input_ids=token, use_cache=True, **copy.deepcopy(cache)).logits for cache in caches)
+        with strategy.unedited():
+            bare, plain, third = (lm(input_ids=token, use_cache=True, **cache).logits for cache in caches)
+    assert torch.equal(gone, plain) and not torch.equal(mine, bare) and not torch.equal(last, third)
 
 
 # --- taking edits out -------------------------------------------------------------------------------------------------
