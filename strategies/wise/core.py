@@ -89,11 +89,9 @@ class Wise:
             NumericalError: the loss is not finite; nothing has changed.
             RequestError: the edit does not fit the model; nothing has changed.
         """
-        if self.live is None:
-            self.live = SideMemory([(self.shard, [])], self._zeros(), math.inf)
-        live = self.live
+        live = SideMemory([(self.shard, [])], self._zeros(), math.inf) if self.live is None else self.live
         matrix, outcome, score = self._learn(record, live.matrix, self.shard, live.edits)
-        live.matrix = matrix
+        self.live, live.matrix = live, matrix
         live.parts[0][1].append(record.id)
         self._least = min(self._least, score)
         global_minimum = self.config.compat and self.config.mode == "merge"

@@ -292,6 +292,19 @@ def test_a_saved_state_serves_the_same_and_goes_on_the_same(count):
         assert torch.equal(a.matrix, b.matrix) and a.threshold == b.threshold and a.parts == b.parts
 
 
+@pytest.mark.parametrize("count", [0, 2])  # no shard, and a closed one
+def test_the_state_after_an_edit_that_failed_is_that_of_before_it(count):
+    first, second = edited(count), Wise(tiny(), quick())
+    with pytest.raises(RequestError):
+        first.learn(record(9, target_new="x" * 300))
+    second.load_state_dict(unpack(*pack(first.state_dict())))
+    for wise in (first, second):
+        for i in range(count, count + 3):
+            wise.learn(record(i))
+    assert [m.parts for m in first.layer.all()] == [m.parts for m in second.layer.all()]
+    assert all(len(m.edits) <= 2 * len(m.parts) for m in second.layer.all()), "shards are of two"
+
+
 def test_a_memory_is_packed_again_only_when_it_changed(monkeypatch):
     wise, packed = edited(5, merge_every=0), []  # three shards, the last one open
     plain = SparseDelta.from_dense
