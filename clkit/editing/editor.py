@@ -34,6 +34,7 @@ from clkit.models import load_model
 from clkit.models.causal_lm import CausalLM
 from clkit.models.encoded_text import EncodedText
 from clkit.models.precision import DTYPES, pick_dtype
+from clkit.models.resolve import resolve
 from clkit.rng import fresh_generator
 from clkit.tasks.base import EditRecord, TextRecord
 
@@ -120,7 +121,7 @@ class Editor:
         Example:
             >>> editor = clkit.Editor.load("smollm2-135m", strategy="wise")  # doctest: +SKIP
         """
-        home = Path(directory) if directory is not None else None
+        home = Path(directory).resolve() if directory is not None else None  # the same place wherever the process goes
         with held(home) if home is not None else contextlib.nullcontext():
             return cls._load(model, strategy, home, seed, device, options)
 
@@ -134,7 +135,7 @@ class Editor:
         device: str | None,
         options: dict[str, Any],
     ) -> Editor:
-        path = Path(model)
+        path = Path(model).resolve()
         source = next((p for p in (home, path) if p is not None and (p / "edits.json").is_file()), None)
         saved = read_edits(source) if source is not None else None
         if saved is not None:
@@ -143,6 +144,8 @@ class Editor:
             strategy, seed = saved.strategy, saved.seed
         else:
             name = str(model)
+        if resolve(name).form in ("directory", "gguf"):
+            name = str(Path(name).expanduser().resolve())
         options = {"dtype": "float32", **options}
         if options["dtype"] not in ("auto", *DTYPES):
             raise ConfigError(f"dtype: got '{options['dtype']}', expected one of auto, {', '.join(DTYPES)}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import clkit
+
 METHOD = {
     "name": "wise",
     "layer": "0",
@@ -12,3 +14,9 @@ METHOD = {
     "merge_every": 0,
     "learning_rate": 0.3,
 }
+
+
+def request(i: int, **fields) -> clkit.EditRequest:
+    """An edit of its own."""
+    content = {"prompt": f"Town of {i}?", "target_new": "ab"[i % 2], "id": f"e{i}", "locality_prompt": f"Sum {i}?"}
+    return clkit.EditRequest(**(content | fields))

@@ -9,7 +9,7 @@ import time
 
 import pytest
 import torch
-from quickly import METHOD
+from quickly import METHOD, request
 
 import clkit
 from clkit.editing import attach
@@ -18,11 +18,6 @@ from clkit.editing.store import fingerprint, held
 from clkit.errors import BusyError, CheckpointError, ClkitError, ConfigError, ModelError, NumericalError, RequestError
 
 PROMPTS = ("Town of 0?", "Town of 2?", "something else")
-
-
-def request(i, **fields):
-    content = {"prompt": f"Town of {i}?", "target_new": "ab"[i % 2], "id": f"e{i}", "locality_prompt": f"Sum {i}?"}
-    return clkit.EditRequest(**(content | fields))
 
 
 @pytest.fixture
