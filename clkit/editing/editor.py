@@ -317,10 +317,11 @@ class Editor:
                 raise CheckpointError(f"{path}: holds edits already; choose another directory")
             with disk_errors(path):
                 (path / "journal.jsonl").unlink(missing_ok=True)  # of a process that was killed while it wrote here
-            states(path).save(self._state(None))
+            states(path).save(self._state(self._owed))
             copy = Journal(path / "journal.jsonl")
             for entry in self.journal.entries:
                 copy.append(entry)
+            copy.complete(self._owed)
             write_head(path, self.model, self._plugin, self.seed, self._base)  # last: with it the directory counts
         return path
 
