@@ -341,7 +341,7 @@ class Editor:
         self.journal = journal if keep else Journal(None, journal.entries)
 
     def _record(self, entry: dict[str, Any]) -> dict[str, Any]:
-        self._owed = {"number": len(self.journal.entries) + 1, "time": round(time.time(), 3), **entry}
+        self._owed = {"number": self.journal.next, "time": round(time.time(), 3), **entry}
         return self._written(self._owed)
 
     def _written(self, entry: dict[str, Any]) -> dict[str, Any]:

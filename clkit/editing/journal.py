@@ -25,13 +25,16 @@ class Journal:
     def __init__(self, path: Path | None = None, entries: list[dict[str, Any]] | None = None) -> None:
         self.path = path
         self.entries = list(entries or [])
+        self._torn: int | None = None  # where a last line without an end begins
 
     @classmethod
     def open(cls, path: Path) -> Journal:
-        """Read an existing journal, or start one. A last line that a crash cut off is dropped.
+        """Read an existing journal, or start one. A last line that a crash cut off does not count.
+
+        The file stays as it is until something is appended: that line may be one that another process is writing.
 
         Raises:
-            CheckpointError: a line before the last one is no JSON object.
+            CheckpointError: a line before the last one is no entry.
         """
         journal = cls(path)
         if not path.is_file():
@@ -41,13 +44,18 @@ class Journal:
         for number, line in enumerate(whole.splitlines(), start=1):
             try:
                 entry = json.loads(line)
+                if not isinstance(entry, dict) or not isinstance(entry.get("number"), int):
+                    raise ValueError("not an entry with a number")
             except ValueError as error:
                 raise CheckpointError(f"{path}:{number}: damaged journal ({error}); restore it from a copy.") from error
             journal.entries.append(entry)
-        if len(whole) < len(raw):
-            with disk_errors(path), path.open("r+b") as file:
-                file.truncate(len(whole))
+        journal._torn = len(whole) if len(whole) < len(raw) else None
         return journal
+
+    @property
+    def next(self) -> int:
+        """The number of the next entry."""
+        return self.entries[-1]["number"] + 1 if self.entries else 1
 
     def append(self, entry: dict[str, Any]) -> None:
         """Write one entry and wait until it is on the disk.
@@ -56,6 +64,10 @@ class Journal:
             CheckpointError: it can't be written; the journal is as it was.
         """
         if self.path is not None:
+            if self._torn is not None:
+                with disk_errors(self.path), self.path.open("r+b") as file:
+                    file.truncate(self._torn)
+                self._torn = None
             append_line(self.path, json.dumps(entry, ensure_ascii=False, allow_nan=False))
         self.entries.append(entry)
 

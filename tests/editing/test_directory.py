@@ -51,3 +51,32 @@ def test_what_a_full_disk_kept_out_of_the_journal_is_in_a_copy_made_elsewhere(lo
     assert [e["id"] for e in Journal.open(tmp_path / "copy" / "journal.jsonl").entries] == ["e0", "e1"]
     editor.edit([request(2)])
     assert [e["number"] for e in Journal.open(tmp_path / "full" / "journal.jsonl").entries] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("line", ["5", "null", "[]", "{}", '{"number": "2"}', "\x00\x00", "not json"])
+def test_a_line_that_is_no_entry_is_a_damaged_journal(load, tmp_path, line):
+    load(directory=tmp_path / "edits").edit([request(0)])
+    with (tmp_path / "edits" / "journal.jsonl").open("a") as file:
+        file.write(f"{line}\n")
+    for options in ({"directory": tmp_path / "edits"}, {"where": tmp_path / "edits"}):
+        with pytest.raises(CheckpointError, match=r"journal.jsonl:2: damaged journal .*; restore it from a copy"):
+            load(**options)
+
+
+def test_entries_are_counted_on_from_the_newest_where_an_older_copy_was_restored(load, tmp_path):
+    editor, journal = load(directory=tmp_path / "edits"), tmp_path / "edits" / "journal.jsonl"
+    editor.edit([request(i) for i in range(3)])
+    journal.write_text(journal.read_text().splitlines(keepends=True)[0])
+    load(directory=tmp_path / "edits").edit([request(3)])
+    assert [(e["number"], e["id"]) for e in Journal.open(journal).entries] == [(1, "e0"), (3, "e2"), (4, "e3")]
+
+
+def test_who_only_reads_leaves_the_line_that_another_process_is_writing(load, tmp_path):
+    editor, journal = load(directory=tmp_path / "edits"), tmp_path / "edits" / "journal.jsonl"
+    editor.edit([request(0)])
+    with journal.open("a") as file:
+        file.write('{"number": 2, "ti')
+    before = journal.read_bytes()
+    assert len(load(tmp_path / "edits").journal.entries) == 1 and journal.read_bytes() == before
+    load(directory=tmp_path / "edits").edit([request(1)])
+    assert [e["id"] for e in Journal.open(journal).entries] == ["e0", "e1"]
