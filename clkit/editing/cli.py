@@ -75,7 +75,7 @@ def _apply(arguments: Any) -> None:
 
 def _learn(arguments: Any, records: Any) -> None:
     editor = _editor(arguments)
-    left = sum(r.id not in editor.records for r in records)
+    left = sum(not editor.holds(r) for r in records)
     if not arguments.quiet:
         print(f"{len(records)} requests, {len(records) - left} done already, {left} to do")
     done = 0

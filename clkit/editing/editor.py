@@ -14,7 +14,7 @@ import torch
 from clkit.config import LoraConfig, ModelConfig, Plugin
 from clkit.editing import judging
 from clkit.editing.journal import Journal
-from clkit.editing.request import EditRequest, checked, conflicts, lasting, replaced
+from clkit.editing.request import EditRequest, asked, checked, conflicts, lasting, replaced
 from clkit.editing.store import (
     Saved,
     check_base,
@@ -208,7 +208,7 @@ class Editor:
     ) -> list[dict[str, Any]]:
         made = []
         for record in records:
-            if record.id in self.records:
+            if self.holds(record):
                 continue
             earlier = replaced(record, self.records.values())
             if earlier:
@@ -234,7 +234,7 @@ class Editor:
         seen: dict[str, EditRecord] = dict(self.records)
         for record in records:
             same = seen.setdefault(record.id, record)
-            if (same.prompt, same.target_new) != (record.prompt, record.target_new):
+            if asked(same) != asked(record):
                 problems.append(Problem(f"edit '{record.id}'", "the id is used by another edit already"))
         if on_conflict == "error":
             problems += [
@@ -247,6 +247,11 @@ class Editor:
         if problems:
             hint = " (on_conflict='replace' lets the last one win)" if on_conflict == "error" else ""
             raise RequestError.collect(f"Some edits conflict; nothing was edited{hint}:", problems)
+
+    def holds(self, record: EditRecord) -> bool:
+        """Whether an edit is active: one with its id and its answer."""
+        same = self.records.get(record.id)
+        return same is not None and same.target_new == record.target_new
 
     def _edit(self, record: EditRecord) -> dict[str, Any]:
         entry = judging.learn(self.strategy, self.model, record)

@@ -100,27 +100,28 @@ def read_requests(path: str | Path) -> list[EditRecord]:
 
 def conflicts(records: Sequence[EditRecord], active: Iterable[EditRecord]) -> list[tuple[EditRecord, EditRecord]]:
     """Pairs (earlier, later) that ask for different answers to the same prompt."""
-    latest = {_key(record): record for record in active}
+    latest = {asked(record): record for record in active}
     found = []
     for record in records:
-        earlier = latest.get(_key(record))
+        earlier = latest.get(asked(record))
         if earlier is not None and earlier.target_new != record.target_new:
             found.append((earlier, record))
-        latest[_key(record)] = record
+        latest[asked(record)] = record
     return found
 
 
 def replaced(record: EditRecord, active: Iterable[EditRecord]) -> list[EditRecord]:
     """Those of ``active`` that give another answer to the prompt of ``record``."""
-    key = _key(record)
-    return [other for other in active if other.target_new != record.target_new and _key(other) == key]
+    key = asked(record)
+    return [other for other in active if other.target_new != record.target_new and asked(other) == key]
 
 
 def lasting(records: Sequence[EditRecord]) -> list[EditRecord]:
     """The records that give the last of several answers to their prompt."""
-    last = {_key(record): record.target_new for record in records}
-    return [record for record in records if record.target_new == last[_key(record)]]
+    last = {asked(record): record.target_new for record in records}
+    return [record for record in records if record.target_new == last[asked(record)]]
 
 
-def _key(record: EditRecord) -> str:
+def asked(record: EditRecord) -> str:
+    """Its prompt, by which edits are compared."""
     return " ".join(record.prompt.split())

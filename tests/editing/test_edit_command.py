@@ -60,6 +60,19 @@ def test_edit_list_and_rollback(command, tmp_path, capsys):
     assert "2 active edits" in capsys.readouterr().out
 
 
+def test_another_answer_under_the_same_id_is_refused_and_replaced_when_asked(command, tmp_path, capsys):
+    assert main(command) == 0
+    file = tmp_path / "edits.jsonl"
+    file.write_text(file.read_text().replace('"target_new": "a", "id": "e0"', '"target_new": "z", "id": "e0"'))
+    capsys.readouterr()
+    assert main(command) == 2
+    assert "edit 'e0': 'Town of 0?' -> 'z', but edit 'e0' says 'a'" in capsys.readouterr().err
+    assert main([command[0], "--on-conflict", "replace", *command[1:]]) == 0
+    assert "3 requests, 2 done already, 1 to do" in capsys.readouterr().out
+    assert main(["edit", "--output", str(tmp_path / "out"), "--list"]) == 0
+    assert "e0  Town of 0? -> z\n" in capsys.readouterr().out
+
+
 def test_the_command_keeps_the_type_of_the_weights(command, tmp_path):
     assert main([*command[:1], "--dtype", "bfloat16", *command[1:]]) == 0
     head = tmp_path / "out" / "edits.json"

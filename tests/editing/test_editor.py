@@ -146,6 +146,18 @@ def test_a_new_answer_replaces_every_edit_of_its_prompt(load):
     assert sorted(i for ids in editor.memories().values() for i in ids) == ["e1", "new"]
 
 
+def test_a_new_answer_may_come_with_the_id_of_the_former_one(load):
+    editor, new = load(), request(0, target_new="z")
+    editor.edit([request(0), request(1)])
+    with pytest.raises(RequestError, match=r"edit 'e0': 'Town of 0\?' -> 'z', but edit 'e0' says 'a'") as caught:
+        editor.edit([new])
+    assert "used by another" not in str(caught.value)
+    assert [e["id"] for e in editor.edit([new, request(1)], on_conflict="replace")] == ["e0"]
+    assert {i: r.target_new for i, r in editor.records.items()} == {"e1": "b", "e0": "z"}
+    assert sorted(i for ids in editor.memories().values() for i in ids) == ["e0", "e1"]
+    assert editor.edit([new], on_conflict="replace") == []
+
+
 def test_the_same_replacing_requests_again_change_nothing(load):
     editor, requests = load(), [request(0), request(0, id="new", target_new="z"), request(1)]
     assert [e["id"] for e in editor.edit(requests, on_conflict="replace")] == ["new", "e1"]
