@@ -192,6 +192,7 @@ class Editor:
 
         Raises:
             RequestError: a request is malformed or conflicts with another; nothing was edited.
+            DataError: an answer is too long for the model; nothing was edited.
             BusyError: another process is editing in the directory.
             CheckpointError: another one has edited there since it was loaded, or it can't be written.
         """
@@ -247,6 +248,9 @@ class Editor:
         if problems:
             hint = " (on_conflict='replace' lets the last one win)" if on_conflict == "error" else ""
             raise RequestError.collect(f"Some edits conflict; nothing was edited{hint}:", problems)
+        new = [(r.id, judging.queries(r)) for r in records if not self.holds(r)]
+        rows = [TextRecord(*row, f"{i} ({query})") for i, found in new for query, row in found.items()]
+        EncodedText(rows, self.model.form, self.model.max_length)  # refuses answers that do not fit
 
     def holds(self, record: EditRecord) -> bool:
         """Whether an edit is active: one with its id and its answer."""

@@ -57,6 +57,16 @@ def means(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     return {name: sum(values) / len(values) for name, values in found.items() if values}
 
 
+def queries(record: EditRecord) -> dict[str, tuple[str, str]]:
+    """What is asked of an edit, and the answer that is wanted."""
+    asked = {"prompt": (record.prompt, record.target_new)}
+    if record.rephrase_prompt:
+        asked["rephrase"] = (record.rephrase_prompt, record.target_new)
+    if record.locality_prompt:  # without an answer it is routed and not scored
+        asked["locality"] = (record.locality_prompt, record.locality_answer or "the")
+    return asked
+
+
 def judge(
     strategy: EditStrategy, model: CausalLM, record: EditRecord
 ) -> tuple[dict[str, float], dict[str, dict[str, Any]]]:
@@ -66,11 +76,7 @@ def judge(
         Token accuracies; and per query the memory that answered (None = the model itself) with score and threshold
         of the memory that comes nearest to answering. The second is empty where the method routes nothing.
     """
-    asked = {"prompt": (record.prompt, record.target_new)}
-    if record.rephrase_prompt:
-        asked["rephrase"] = (record.rephrase_prompt, record.target_new)
-    if record.locality_prompt:  # without an answer it is routed and not scored
-        asked["locality"] = (record.locality_prompt, record.locality_answer or "the")
+    asked = queries(record)
     rows = [TextRecord(prompt, answer, name) for name, (prompt, answer) in asked.items()]
     encoded = EncodedText(rows, model.form, model.max_length)
     with evaluation_mode(model):

@@ -70,6 +70,8 @@ def checked(requests: Iterable[EditRequest | Mapping[str, Any]]) -> list[EditRec
                 problems.append(Problem(where, f"'{key}' is missing"))
             elif value is not None and (not isinstance(value, str) or not value.strip()):
                 problems.append(Problem(where, f"'{key}' must be text that is not empty (got {value!r})"))
+            elif value is not None and any("\ud800" <= c <= "\udfff" for c in value):
+                problems.append(Problem(where, f"'{key}' has half of a surrogate pair, which is not a character"))
         if len(problems) == before:
             made.append(EditRequest(**content))
     if problems:

@@ -95,6 +95,19 @@ def test_wrong_requests_and_missing_options_exit_2_before_the_model_is_loaded(co
         assert message in capsys.readouterr().err
 
 
+def test_answers_that_do_not_fit_are_all_listed_before_the_first_edit(command, tmp_path, capsys):
+    with (tmp_path / "edits.jsonl").open("a") as file:
+        file.write(json.dumps({"prompt": "x", "target_new": "z" * 600, "id": "e3"}) + "\n")
+        unrelated = {"locality_prompt": "w", "locality_answer": "y" * 700}
+        file.write(json.dumps({"prompt": "y", "target_new": "z", "id": "e4", **unrelated}) + "\n")
+    assert main(command) == 2
+    text = capsys.readouterr().err
+    assert "'e3 (prompt)': the answer takes 601 tokens" in text
+    assert "'e4 (locality)': the answer takes 701 tokens" in text
+    assert main(["edit", "--output", str(tmp_path / "out"), "--list"]) == 0
+    assert "0 active edits" in capsys.readouterr().out
+
+
 def test_edits_are_gone_on_with_as_they_were_begun(command, tmp_path, capsys):
     assert main([*command, "--seed", "3"]) == 0
     journal = (tmp_path / "out" / "journal.jsonl").read_bytes()

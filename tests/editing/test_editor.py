@@ -112,6 +112,7 @@ def test_malformed_requests_are_all_listed_and_nothing_is_edited(load):
         {"prompt": "a", "target": "b", "target_new": "x"},
         5,
         request(1),
+        request(2, locality_prompt="half \ud83d"),
     ]
     with pytest.raises(RequestError) as caught:
         editor.edit(wrong)
@@ -121,6 +122,7 @@ def test_malformed_requests_are_all_listed_and_nothing_is_edited(load):
         "request 2: 'prompt' must be text",
         "unknown field 'target'",
         "request 4: got int",
+        "request 6: 'locality_prompt' has half of a surrogate pair",
     ):
         assert part in text
     assert not editor.records and not editor.journal.entries
