@@ -36,6 +36,7 @@ from clkit.models.encoded_text import EncodedText
 from clkit.models.precision import DTYPES, pick_dtype
 from clkit.models.resolve import resolve
 from clkit.rng import fresh_generator
+from clkit.signals import Interrupted, stop_on_signal
 from clkit.tasks.base import EditRecord, TextRecord
 
 ON_CONFLICT = ("error", "replace")
@@ -195,6 +196,7 @@ class Editor:
             DataError: an answer is too long for the model; nothing was edited.
             BusyError: another process is editing in the directory.
             CheckpointError: another one has edited there since it was loaded, or it can't be written.
+            Interrupted: Ctrl-C; the edit that was being made is made. A KeyboardInterrupt.
         """
         given = list(requests)
         records = [r for r in given if isinstance(r, EditRecord)]
@@ -207,21 +209,26 @@ class Editor:
     def _learned(
         self, records: Sequence[EditRecord], progress: Callable[[dict[str, Any]], None] | None
     ) -> list[dict[str, Any]]:
-        made = []
-        for record in records:
-            if self.holds(record):
-                continue
-            earlier = replaced(record, self.records.values())
-            if earlier:
-                self._take_back([r.id for r in earlier])
-            try:
-                made.append(self._edit(record))
-            except ClkitError:
-                for before in earlier if record.id not in self.records else []:
-                    self._edit(before)
-                raise
-            if progress is not None:
-                progress(made[-1])
+        made: list[dict[str, Any]] = []
+        stop: list[bool] = []
+        with stop_on_signal(lambda: stop.append(True)):  # an edit cut after its learning would stand nowhere
+            for record in records:
+                if self.holds(record):
+                    continue
+                earlier = replaced(record, self.records.values())
+                if earlier:
+                    self._take_back([r.id for r in earlier])
+                try:
+                    made.append(self._edit(record))
+                except ClkitError:
+                    for before in earlier if record.id not in self.records else []:
+                        self._edit(before)
+                    raise
+                if progress is not None:
+                    progress(made[-1])
+                if stop:
+                    again = "the same call or command again goes on from there"
+                    raise Interrupted(f"interrupted, after edit '{record.id}'; {again}")
         if made or not self._settled:  # all may have been made by a process that was killed right after
             self.strategy.settle()
             self._settled = True

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 
 import pytest
 from quickly import METHOD, request
 
 import clkit
+from clkit.editing import judging
 from clkit.editing.journal import Journal
 from clkit.errors import CheckpointError
 
@@ -80,3 +82,20 @@ def test_who_only_reads_leaves_the_line_that_another_process_is_writing(load, tm
     assert len(load(tmp_path / "edits").journal.entries) == 1 and journal.read_bytes() == before
     load(directory=tmp_path / "edits").edit([request(1)])
     assert [e["id"] for e in Journal.open(journal).entries] == ["e0", "e1"]
+
+
+def test_ctrl_c_ends_after_the_edit_that_is_being_made(load, tmp_path, monkeypatch):
+    editor, scored = load(directory=tmp_path / "edits"), judging._now
+
+    def pressed(*args):  # when an edit has been learned, and nothing written down
+        signal.raise_signal(signal.SIGINT)
+        return scored(*args)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt, match="after edit 'e0'; the same call"):
+        patch.setattr(judging, "_now", pressed)
+        editor.edit([request(i) for i in range(2)])
+    assert list(editor.records) == ["e0"] and editor.strategy.holdings() == editor.memories() == {"shard-0": ["e0"]}
+    editor.edit([request(i) for i in range(2)])
+    assert [e["id"] for e in Journal.open(tmp_path / "edits" / "journal.jsonl").entries] == ["e0", "e1"]
+    with pytest.raises(KeyboardInterrupt):  # handled as before
+        signal.raise_signal(signal.SIGINT)
