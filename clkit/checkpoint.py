@@ -162,7 +162,7 @@ class CheckpointStore:
 
 
 class FollowerStore(CheckpointStore):
-    """Reads what the first process of a run wrote."""
+    """Reads what another process wrote, such as the first one of a run."""
 
     def save(self, state: dict[str, Any]) -> Path:
         """Nothing."""

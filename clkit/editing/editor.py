@@ -138,7 +138,7 @@ class Editor:
     ) -> Editor:
         path = Path(model).resolve()
         source = next((p for p in (home, path) if p is not None and (p / "edits.json").is_file()), None)
-        saved = read_edits(source) if source is not None else None
+        saved = read_edits(source, keeps=source == home) if source is not None else None
         if saved is not None:
             name = saved.model["name"] if source == path else str(model)
             options = {k: saved.model[k] for k in ("prompt", "max_length", "dtype") if k in saved.model} | options

@@ -15,7 +15,7 @@ from filelock import FileLock, Timeout
 from torch import nn
 
 from clkit import __version__
-from clkit.checkpoint import CheckpointStore
+from clkit.checkpoint import CheckpointStore, FollowerStore
 from clkit.config import Plugin
 from clkit.editing.strategy import EditStrategy
 from clkit.errors import BusyError, CheckpointError, ConfigError, ModelError
@@ -155,8 +155,12 @@ def states(directory: Path) -> CheckpointStore:
     return CheckpointStore(directory / "state", keep=2)
 
 
-def read_edits(directory: str | Path) -> Saved:
+def read_edits(directory: str | Path, keeps: bool = False) -> Saved:
     """Read a directory of edits.
+
+    Args:
+        directory: of edits.
+        keeps: this process holds it, and sets damaged states aside; else nothing in it is changed.
 
     Raises:
         CheckpointError: it is none, it is damaged, or a newer clkit wrote it.
@@ -170,7 +174,7 @@ def read_edits(directory: str | Path) -> Saved:
         raise CheckpointError(f"{path}: no directory of edits (edits.json: {error}).") from error
     if written > _FORMAT:
         raise CheckpointError(f"{path}: written in format {written} by a newer clkit; this one reads {_FORMAT}.")
-    state = states(path).load()
+    state = (states(path) if keeps else FollowerStore(path / "state")).load()
     if state is None:
         raise CheckpointError(f"{path}: there is no saved state in it.")
     return Saved(path, *parts, state)

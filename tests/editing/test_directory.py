@@ -7,6 +7,7 @@ import signal
 from pathlib import Path
 
 import pytest
+import torch
 from quickly import METHOD, request
 
 import clkit
@@ -99,3 +100,21 @@ def test_ctrl_c_ends_after_the_edit_that_is_being_made(load, tmp_path, monkeypat
     assert [e["id"] for e in Journal.open(tmp_path / "edits" / "journal.jsonl").entries] == ["e0", "e1"]
     with pytest.raises(KeyboardInterrupt):  # handled as before
         signal.raise_signal(signal.SIGINT)
+
+
+def test_only_who_edits_in_a_directory_sets_a_damaged_state_aside(load, tiny_llama, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    load(directory=tmp_path / "edits").edit([request(0), request(1)])
+    newest = sorted((tmp_path / "edits" / "state").iterdir())[-1]
+    (newest / "state.json").write_text("cut")
+    before = sorted(p.name for p in newest.parent.iterdir())
+    base = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+    for read in (lambda: load(tmp_path / "edits"), lambda: clkit.editing.attach(base, tmp_path / "edits")):
+        with pytest.warns(RuntimeWarning, match="Falling back to the one before"):
+            read()
+        assert sorted(p.name for p in newest.parent.iterdir()) == before, "it may lie where nothing can be written"
+    with pytest.warns(RuntimeWarning, match="Falling back to the one before"):
+        editor = load(directory=tmp_path / "edits")
+    editor.edit([request(i) for i in range(3)])
+    assert not newest.exists() and list(load(tmp_path / "edits").records) == ["e0", "e1", "e2"]
