@@ -7,6 +7,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Callable, Iterator
@@ -50,11 +51,22 @@ def disk_errors(path: Path, advice: str = "") -> Iterator[None]:
     """Turn an operating-system error into one clear CheckpointError; ``advice`` is what else holds at this place."""
     try:
         yield
-    except OSError as error:
-        hint = _HINTS.get(error.errno or 0, "Check the disk, or choose another place")
+    except Exception as error:
+        found = _of_system(error)
+        if found is None:
+            raise
+        hint = _HINTS.get(found.errno or 0, "Check the disk, or choose another place")
         raise CheckpointError(
-            f"{path}: can't write ({error.strerror or error}). {hint}.{advice and f' {advice}'}"
+            f"{path}: can't write ({found.strerror or found}). {hint}.{advice and f' {advice}'}"
         ) from error
+
+
+def _of_system(error: Exception) -> OSError | None:
+    """The operating system's error; tokenizers and safetensors raise their own, which name it at their end."""
+    if isinstance(error, OSError):
+        return error
+    number = re.search(r"\(os error (\d+)\)$", str(error))
+    return OSError(int(number[1]), os.strerror(int(number[1]))) if number else None
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:

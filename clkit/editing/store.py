@@ -80,7 +80,7 @@ def write_head(directory: Path, model: CausalLM, plugin: Plugin, seed: int, base
     """Write what never changes: model, strategy and the tokenizer."""
     with disk_errors(directory):
         directory.mkdir(parents=True, exist_ok=True)
-    model.tokenizer.save_pretrained(directory)
+        model.tokenizer.save_pretrained(directory)
     head = {
         "format": _FORMAT,
         "clkit": __version__,

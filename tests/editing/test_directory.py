@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import signal
 from pathlib import Path
 
@@ -118,3 +119,17 @@ def test_only_who_edits_in_a_directory_sets_a_damaged_state_aside(load, tiny_lla
         editor = load(directory=tmp_path / "edits")
     editor.edit([request(i) for i in range(3)])
     assert not newest.exists() and list(load(tmp_path / "edits").records) == ["e0", "e1", "e2"]
+
+
+def test_a_disk_that_is_full_when_the_tokenizer_is_written_is_one_clear_error(load, tmp_path):
+    editor = load()
+    editor.edit([request(0)])
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5500, limits[1]))  # the tokenizer is larger, all before it is smaller
+    try:
+        with pytest.raises(CheckpointError, match=r"saved: can't write \(File too large\). Free some space"):
+            editor.save(tmp_path / "saved")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    editor.save(tmp_path / "saved")
+    assert list(load(tmp_path / "saved").records) == ["e0"]
