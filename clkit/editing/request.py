@@ -86,13 +86,15 @@ def read_requests(path: str | Path) -> list[EditRecord]:
         RequestError: with every line that is malformed.
     """
     from clkit.tasks.base import EditRecord
-    from clkit.tasks.readers import read_rows
+    from clkit.tasks.readers import READERS, read_rows
     from clkit.tasks.records import Ids, RecordsConfig, RowParser
 
     problems: list[Problem] = []
     path = Path(path)
     if not path.is_file():
         raise RequestError(f"{path}: there is no such file of edit requests")
+    if path.suffix.lower() not in READERS:
+        raise RequestError(f"{path}: edit requests are read from {', '.join(READERS)} (got '{path.suffix}')")
     parser = RowParser(RecordsConfig(kind="edit"), Ids(), problems)
     parsed = parser.parse(read_rows(path, problems), "requests")
     if problems:

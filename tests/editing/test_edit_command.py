@@ -60,6 +60,12 @@ def test_edit_list_and_rollback(command, tmp_path, capsys):
     assert "2 active edits" in capsys.readouterr().out
 
 
+def test_a_file_of_another_kind_is_refused(command, tmp_path, capsys):
+    file = (tmp_path / "edits.jsonl").rename(tmp_path / "edits.txt")
+    assert main([str(file) if o.endswith("edits.jsonl") else o for o in command]) == 2
+    assert "edits.txt: edit requests are read from .jsonl, .json, .csv, .parquet" in capsys.readouterr().err
+
+
 def test_another_answer_under_the_same_id_is_refused_and_replaced_when_asked(command, tmp_path, capsys):
     assert main(command) == 0
     file = tmp_path / "edits.jsonl"
