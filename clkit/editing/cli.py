@@ -67,7 +67,7 @@ def _apply(arguments: Any) -> None:
     records = read_requests(arguments.requests)  # every malformed one is found before the model is loaded
     if arguments.on_conflict == "replace":
         records = lasting(records)
-    if not (arguments.output / "edits.json").is_file():
+    if _begun(arguments) is None:
         _section(arguments)  # before the directory is made; of edits that are there it is compared with theirs
     with held(arguments.output):  # from before the model is loaded to the report: a second command is refused at once
         _learn(arguments, records)
@@ -112,9 +112,9 @@ def _editor(arguments: Any) -> Any:
     from clkit.editing.editor import Editor
     from clkit.editing.store import read_edits
 
-    output, model, section = arguments.output, arguments.model, None
-    if (output / "edits.json").is_file():
-        saved = read_edits(output)
+    output, model, section, begun = arguments.output, arguments.model, None, _begun(arguments)
+    if begun is not None:
+        saved = read_edits(begun)
         _check_same(arguments, saved)
         model = model or saved.model["name"]
     else:
@@ -123,6 +123,12 @@ def _editor(arguments: Any) -> Any:
     return Editor.load(
         model, section or "wise", seed=arguments.seed or 0, directory=output, device=arguments.device, **options
     )
+
+
+def _begun(arguments: Any) -> Path | None:
+    """The directory of edits that are gone on with: that of the output, or the one that is edited; None = a new one."""
+    given = [arguments.output, *([Path(arguments.model)] if arguments.model else [])]
+    return next((path for path in given if (path / "edits.json").is_file()), None)
 
 
 def _check_same(arguments: Any, saved: Any) -> None:
@@ -147,7 +153,8 @@ def _check_same(arguments: Any, saved: Any) -> None:
     if arguments.seed not in (None, saved.seed):
         problems.append(Problem("--seed", f"got {arguments.seed}, the edits are made with {saved.seed}"))
     if problems:
-        title = f"{arguments.output} holds edits; leave these out to go on with them, or choose another --output:"
+        other = "--output" if saved.path == arguments.output else "--model"
+        title = f"{saved.path} holds edits; leave these out to go on with them, or choose another {other}:"
         raise ConfigError.collect(title, problems)
 
 

@@ -139,6 +139,26 @@ def test_edits_are_gone_on_with_as_they_were_begun(command, tmp_path, capsys):
     assert main([*command[: command.index("--set")], "--quiet"]) == 0
 
 
+def test_edits_are_gone_on_with_in_another_directory_as_they_were_begun(command, tmp_path, capsys):
+    assert main([*command, "--seed", "3"]) == 0
+    file, edits = tmp_path / "more.jsonl", tmp_path / "out"
+    file.write_text('{"prompt": "Town of 9?", "target_new": "c", "id": "e9"}\n')
+    on = ["edit", "--model", str(edits), "--requests", str(file), "--output", str(tmp_path / "on"), "--device", "cpu"]
+    for changes, message in (
+        (["--strategy", "grace"], "--strategy: got grace, the edits are by wise"),
+        (["--set", "steps=9"], "--set steps: got 9, the edits are made with 8"),
+        (["--seed", "4"], "--seed: got 4, the edits are made with 3"),
+    ):
+        assert main([*on, *changes]) == 2
+        text = capsys.readouterr().err
+        assert message in text and "choose another --model" in text
+    assert main(on) == 0
+    for folder, count in ((edits, 3), (tmp_path / "on", 4)):
+        capsys.readouterr()
+        assert main(["edit", "--output", str(folder), "--list"]) == 0
+        assert f"{count} active edits" in capsys.readouterr().out
+
+
 @pytest.mark.kill
 def test_two_commands_at_once_lose_no_edit(command, tmp_path):
     slow = [o.replace("steps=8", "steps=100") for o in command] + ["stop_loss=0.0"]
