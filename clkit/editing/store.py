@@ -18,10 +18,11 @@ from clkit import __version__
 from clkit.checkpoint import CheckpointStore, FollowerStore
 from clkit.config import Plugin
 from clkit.editing.strategy import EditStrategy
-from clkit.errors import BusyError, CheckpointError, ConfigError, ModelError
+from clkit.errors import BusyError, CapabilityError, CheckpointError, ConfigError, ModelError
 from clkit.files import disk_errors, write_json
 from clkit.models.causal_lm import CausalLM
 from clkit.models.loading import load_tokenizer
+from clkit.models.lora import base_parameters
 from clkit.registry import STRATEGIES
 from clkit.resolve import validate
 from clkit.tasks.base import EditRecord
@@ -38,16 +39,12 @@ def fingerprint(module: nn.Module) -> str:
     Takes about as long as reading the weights from a disk.
     """
     digest = hashlib.sha256()
-    named = {_plain(name): p for name, p in module.named_parameters() if "lora_" not in name}
+    named = {name: p for name, p in base_parameters(module).items() if "lora_" not in name}
     for name in sorted(named):
         digest.update(f"{name} {tuple(named[name].shape)}".encode())
         for piece in torch.split(named[name].detach().reshape(-1), _CHUNK):
             digest.update(piece.to(torch.bfloat16).cpu().view(torch.int16).numpy().tobytes())
     return digest.hexdigest()
-
-
-def _plain(name: str) -> str:
-    return name.removeprefix("base_model.model.").replace(".base_layer.", ".")
 
 
 @dataclass(frozen=True)
@@ -210,8 +207,14 @@ def attach(model: nn.Module, directory: str | Path, *, check: bool = True) -> Ed
     Raises:
         CheckpointError: the directory can't be read.
         ModelError: the model has other base weights, or carries edits already.
+        CapabilityError: its adapter puts tokens before the prompt.
     """
     saved = read_edits(directory)
+    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+        raise CapabilityError(
+            "An adapter of prompt or prefix tuning puts tokens of its own before the prompt, by which edits can't be "
+            "routed; put edits on a model whose adapter changes layers, such as LoRA."
+        )
     unwrapped: Any = getattr(model, "get_base_model", None)  # peft's
     base = model if unwrapped is None else unwrapped()
     if _EDITS in base.__dict__:

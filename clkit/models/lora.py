@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +16,9 @@ from clkit.models.seeding import seeded
 
 if TYPE_CHECKING:
     from peft import PeftModel
+
+_INNER = ("base_layer", "original_module", "token_adapter")  # under these names peft keeps what it wraps
+_WRAPPED = re.compile(rf"\.({'|'.join(_INNER)})(?=\.)")
 
 
 def attach_lora(
@@ -97,6 +101,27 @@ def base_model(module: nn.Module) -> nn.Module:
     """The transformers model inside a peft wrapper, or the module itself."""
     inner = getattr(module, "get_base_model", None)
     return inner() if callable(inner) else module
+
+
+def base_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters of a model without those of adapters in it, by the names that they have without them."""
+    named = list(base_model(module).named_parameters(remove_duplicate=False))  # peft holds some twice
+    wrapped = {name[: found.start()] for name, _ in named for found in _WRAPPED.finditer(name)}
+    result: dict[str, nn.Parameter] = {}
+    seen: set[int] = set()
+    for name, parameter in named:
+        path, own = "", ""
+        for part in name.split("."):
+            if path not in wrapped:
+                own = f"{own}.{part}" if own else part
+            elif part not in _INNER:  # the adapter's
+                break
+            path = f"{path}.{part}" if path else part
+        else:
+            if id(parameter) not in seen:
+                seen.add(id(parameter))
+                result[own.removeprefix("base_model.model.")] = parameter
+    return result
 
 
 def plain_state(module: nn.Module) -> dict[str, Tensor]:

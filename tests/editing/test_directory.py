@@ -7,6 +7,7 @@ import resource
 import signal
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 from quickly import METHOD, request
@@ -14,7 +15,8 @@ from quickly import METHOD, request
 import clkit
 from clkit.editing import judging
 from clkit.editing.journal import Journal
-from clkit.errors import CheckpointError
+from clkit.editing.store import fingerprint
+from clkit.errors import CapabilityError, CheckpointError
 
 
 @pytest.fixture
@@ -133,3 +135,53 @@ def test_a_disk_that_is_full_when_the_tokenizer_is_written_is_one_clear_error(lo
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     editor.save(tmp_path / "saved")
     assert list(load(tmp_path / "saved").records) == ["e0"]
+
+
+# --- models in memory -------------------------------------------------------------------------------------------------
+@pytest.fixture
+def base(tiny_llama):
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32).eval()
+
+
+def logits(module, tokenizer):
+    with torch.inference_mode():
+        return module(torch.tensor([tokenizer("Town of 0? ").input_ids])).logits
+
+
+LAYERS = ["down_proj", "q_proj"]
+
+
+@pytest.mark.parametrize(
+    "adapter",
+    [
+        peft.LoraConfig(r=2, target_modules=LAYERS, modules_to_save=["lm_head"]),
+        peft.LoraConfig(r=2, target_modules=LAYERS, trainable_token_indices=[3]),
+        peft.AdaLoraConfig(init_r=2, target_modules=LAYERS, total_step=10),
+        peft.IA3Config(target_modules=LAYERS, feedforward_modules=["down_proj"]),
+        peft.LoHaConfig(r=2, target_modules=LAYERS),
+        peft.VeraConfig(r=2, target_modules=LAYERS),
+    ],
+    ids=["modules saved", "tokens", "adalora", "ia3", "loha", "vera"],
+)
+def test_edits_go_on_a_model_with_any_adapter_that_changes_layers(load, base, tmp_path, adapter):
+    editor = load()
+    editor.edit([request(0)])
+    editor.save(tmp_path / "edits")
+    wrapped = peft.get_peft_model(base, adapter).eval()
+    plain = logits(wrapped, editor.model.tokenizer)
+    assert fingerprint(wrapped) == editor._base
+    strategy = clkit.editing.attach(wrapped, tmp_path / "edits")
+    edited = logits(wrapped, editor.model.tokenizer)
+    assert not torch.equal(edited, plain), "a fresh adapter changes nothing, the edit does"
+    torch.testing.assert_close(edited, logits(editor.model.module, editor.model.tokenizer), rtol=0, atol=1e-5)
+    strategy.detach()
+    assert torch.equal(logits(wrapped, editor.model.tokenizer), plain)
+
+
+def test_edits_do_not_go_on_an_adapter_that_puts_tokens_before_the_prompt(load, base, tmp_path):
+    load().save(tmp_path / "edits")
+    wrapped = peft.get_peft_model(base, peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    with pytest.raises(CapabilityError, match="puts tokens of its own before the prompt"):
+        clkit.editing.attach(wrapped, tmp_path / "edits")
