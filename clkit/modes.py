@@ -45,3 +45,10 @@ def swapped(module: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[nn.Mod
         for name, value in kept.items():
             own[name].data = value
         torch.clear_autocast_cache()
+
+
+@contextlib.contextmanager
+def learning() -> Iterator[None]:
+    """Within, gradients are computed, also where the caller has switched them off."""
+    with torch.inference_mode(False), torch.enable_grad():
+        yield

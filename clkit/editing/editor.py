@@ -35,6 +35,7 @@ from clkit.models.causal_lm import CausalLM
 from clkit.models.encoded_text import EncodedText
 from clkit.models.precision import DTYPES, pick_dtype
 from clkit.models.resolve import resolve
+from clkit.modes import learning
 from clkit.rng import fresh_generator
 from clkit.signals import Interrupted, stop_on_signal
 from clkit.tasks.base import EditRecord, TextRecord
@@ -123,7 +124,7 @@ class Editor:
             >>> editor = clkit.Editor.load("smollm2-135m", strategy="wise")  # doctest: +SKIP
         """
         home = Path(directory).resolve() if directory is not None else None  # the same place wherever the process goes
-        with held(home) if home is not None else contextlib.nullcontext():
+        with learning(), held(home) if home is not None else contextlib.nullcontext():
             return cls._load(model, strategy, home, seed, device, options)
 
     @classmethod
@@ -203,7 +204,7 @@ class Editor:
         if len(records) < len(given):
             records = checked(given)  # type: ignore[arg-type]
         self._check(records, on_conflict)
-        with self._holding():
+        with self._holding(), learning():
             return self._learned(lasting(records), progress)
 
     def _learned(
@@ -285,7 +286,7 @@ class Editor:
         if not ids:
             known = [*self.records, *memories]
             raise RequestError(f"There is no active edit or memory '{name}'.{did_you_mean(name, known)}")
-        with self._holding():
+        with self._holding(), learning():
             return self._take_back(ids)
 
     def _take_back(self, ids: list[str]) -> Rollback:

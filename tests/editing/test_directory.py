@@ -137,6 +137,17 @@ def test_a_disk_that_is_full_when_the_tokenizer_is_written_is_one_clear_error(lo
     assert list(load(tmp_path / "saved").records) == ["e0"]
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_edits_are_made_where_gradients_are_switched_off(load, mode):
+    with mode():
+        editor, plain = load(), load()
+        editor.edit([request(0), request(1)])
+        assert editor.rollback("e0").relearned == ("e1",) and not torch.is_grad_enabled()
+        changed = logits(editor.model.module, editor.model.tokenizer, "Town of 1? ")
+        assert not torch.equal(changed, logits(plain.model.module, plain.model.tokenizer, "Town of 1? "))
+    editor.edit([request(2)])
+
+
 # --- models in memory -------------------------------------------------------------------------------------------------
 @pytest.fixture
 def base(tiny_llama):
@@ -145,9 +156,9 @@ def base(tiny_llama):
     return AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32).eval()
 
 
-def logits(module, tokenizer):
+def logits(module, tokenizer, prompt="Town of 0? "):
     with torch.inference_mode():
-        return module(torch.tensor([tokenizer("Town of 0? ").input_ids])).logits
+        return module(torch.tensor([tokenizer(prompt).input_ids])).logits
 
 
 LAYERS = ["down_proj", "q_proj"]
