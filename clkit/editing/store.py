@@ -23,6 +23,7 @@ from clkit.files import disk_errors, write_json
 from clkit.models.causal_lm import CausalLM
 from clkit.models.loading import load_tokenizer
 from clkit.models.lora import base_parameters
+from clkit.models.routing import forget_compiled
 from clkit.registry import STRATEGIES
 from clkit.resolve import validate
 from clkit.tasks.base import EditRecord
@@ -194,7 +195,8 @@ def make_strategy(section: str | Mapping[str, Any]) -> tuple[EditStrategy, Plugi
 def attach(model: nn.Module, directory: str | Path, *, check: bool = True) -> EditStrategy:
     """Put saved edits on a transformers model that is in memory, with or without a peft adapter.
 
-    Its ``generate``, pipelines and servers then answer with the edits, without further change.
+    Its ``generate``, pipelines and servers then answer with the edits, without further change. What ``torch.compile``
+    made so far in this process is compiled anew.
 
     Args:
         model: the same base model as the edits were made on.
@@ -237,6 +239,7 @@ def attach(model: nn.Module, directory: str | Path, *, check: bool = True) -> Ed
     strategy.detach = detach  # type: ignore[method-assign]
     base.__dict__[_EDITS] = str(saved.path)
     strategy.load_memory_state(saved.state["memory"])
+    forget_compiled()
     return strategy
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
@@ -43,6 +44,12 @@ def uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """The same function, for which a compiled model leaves its graph: what is decided depends on what is read."""
     made: Callable[..., Any] = torch.compiler.disable(function)  # type: ignore[no-untyped-call]
     return made
+
+
+def forget_compiled() -> None:
+    """Compiled models are compiled anew at their next pass: torch does not look whether a hook was added since."""
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
 
 
 def marked_prompt() -> Tensor | None:
