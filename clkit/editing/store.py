@@ -238,7 +238,11 @@ def attach(model: nn.Module, directory: str | Path, *, check: bool = True) -> Ed
 
     strategy.detach = detach  # type: ignore[method-assign]
     base.__dict__[_EDITS] = str(saved.path)
-    strategy.load_memory_state(saved.state["memory"])
+    try:
+        strategy.load_memory_state(saved.state["memory"])
+    except BaseException:
+        detach()
+        raise
     forget_compiled()
     return strategy
 

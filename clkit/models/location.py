@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -43,8 +44,9 @@ class Location:
 
     @property
     def device(self) -> torch.device:
-        """Where the projection's weights are."""
-        return next(self.projection.parameters()).device
+        """Where the projection's weights are; those of a quantised one may be no parameters."""
+        own = self.projection
+        return next(itertools.chain(own.parameters(), own.buffers(), self.lm.parameters())).device
 
 
 def locate(module: nn.Module, where: str, depth: float) -> Location:

@@ -212,3 +212,42 @@ def test_a_model_that_was_compiled_and_used_before_answers_with_the_edits(tiny_l
         torch.testing.assert_close(edited, logits(base, tokenizer), rtol=0, atol=1e-5)
         strategy.detach()
         torch.testing.assert_close(logits(compiled, tokenizer), plain, rtol=0, atol=1e-5)
+
+
+class Packed(torch.nn.Module):
+    """A linear layer in integers that are neither parameters nor buffers, as torch keeps them on the CPU."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+        self.scale = float(layer.weight.detach().abs().max()) / 127
+        self.packed = ((layer.weight.detach() / self.scale).round().to(torch.int8),)
+
+    def forward(self, x):
+        return torch.nn.functional.linear(x, self.packed[0].float() * self.scale)
+
+
+@pytest.mark.parametrize("name", ["wise", "grace", "in_context", "ft_layer", "lora_edit", "memit"])
+def test_edits_go_on_a_quantised_copy(tiny_llama, base, tmp_path, name):
+    few = {} if name == "in_context" else {"steps": 3, "contexts": 0}
+    editor = clkit.Editor.load(tiny_llama, {"name": name, "layer": "0"} | few, device="cpu", prompt="plain")
+    editor.edit([request(0)])
+    editor.save(tmp_path / "edits")
+    for block in base.model.layers:
+        block.mlp.down_proj = Packed(block.mlp.down_proj)
+    plain = logits(base, editor.model.tokenizer)
+    strategy = clkit.editing.attach(base, tmp_path / "edits", check=False)
+    assert not torch.equal(logits(base, editor.model.tokenizer), plain)
+    strategy.detach()
+    assert torch.equal(logits(base, editor.model.tokenizer), plain)
+
+
+def test_a_model_on_which_edits_can_not_be_put_stays_as_it_was(load, base, tmp_path, monkeypatch):
+    editor = load()
+    editor.edit([request(0)])
+    editor.save(tmp_path / "edits")
+    with monkeypatch.context() as patch, pytest.raises(KeyError):
+        patch.setattr(type(editor.strategy), "load_memory_state", lambda *_: {}["of an older clkit"])
+        clkit.editing.attach(base, tmp_path / "edits")
+    clkit.editing.attach(base, tmp_path / "edits")
+    assert torch.equal(logits(base, editor.model.tokenizer), logits(editor.model.module, editor.model.tokenizer))
