@@ -27,7 +27,7 @@ from clkit.editing.store import (
     write_head,
 )
 from clkit.editing.strategy import EditStrategy, Explanation, language_model
-from clkit.errors import CheckpointError, ClkitError, ConfigError, Problem, RequestError, did_you_mean
+from clkit.errors import CheckpointError, ClkitError, ConfigError, ModelError, Problem, RequestError, did_you_mean
 from clkit.evaluation.base import evaluation_mode
 from clkit.files import disk_errors
 from clkit.models import load_model
@@ -153,11 +153,19 @@ class Editor:
             raise ConfigError(f"dtype: got '{options['dtype']}', expected one of auto, {', '.join(DTYPES)}")
         place = torch.device(device) if device else torch.device("cuda" if torch.cuda.is_available() else "cpu")
         method, plugin = make_strategy(strategy)
-        loaded = load_model(
-            ModelConfig(name=name, lora=LoraConfig(r=0), **options),
-            generator=fresh_generator(seed, "model"),
-            device=place,
-        )
+        try:
+            loaded = load_model(
+                ModelConfig(name=name, lora=LoraConfig(r=0), **options),
+                generator=fresh_generator(seed, "model"),
+                device=place,
+            )
+        except ModelError as error:
+            if saved is None or name != saved.model["name"]:
+                raise
+            raise ModelError(
+                f"{error}\nThe edits in {source} were made on it. If it lies in another place here, say where: "
+                "Editor.load(MODEL, directory=EDITS), or --model MODEL."
+            ) from error
         loaded.module.to(place)
         base = fingerprint(loaded.module)  # before float16 rounds them: it is that of the model, whatever `dtype` says
         kept = pick_dtype(options["dtype"], place)
@@ -332,6 +340,8 @@ class Editor:
         with held(path):
             if (path / "edits.json").exists():
                 raise CheckpointError(f"{path}: holds edits already; choose another directory")
+            if (path / "journal.jsonl").exists() and not states(path).list():  # a killed process left a state before it
+                raise CheckpointError(f"{path}: has a journal.jsonl that is not of edits; choose another directory")
             with disk_errors(path):
                 (path / "journal.jsonl").unlink(missing_ok=True)  # of a process that was killed while it wrote here
             states(path).save(self._state(self._owed))

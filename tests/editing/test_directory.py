@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import resource
+import shutil
 import signal
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import clkit
 from clkit.editing import judging
 from clkit.editing.journal import Journal
 from clkit.editing.store import fingerprint
-from clkit.errors import CapabilityError, CheckpointError
+from clkit.errors import CapabilityError, CheckpointError, ModelError
 
 
 @pytest.fixture
@@ -135,6 +136,26 @@ def test_a_disk_that_is_full_when_the_tokenizer_is_written_is_one_clear_error(lo
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     editor.save(tmp_path / "saved")
     assert list(load(tmp_path / "saved").records) == ["e0"]
+
+
+def test_a_journal_of_something_else_is_not_deleted(load, tmp_path):
+    (tmp_path / "journal.jsonl").write_text("mine\n")
+    with pytest.raises(CheckpointError, match="a journal.jsonl that is not of edits; choose another directory"):
+        load().save(tmp_path)
+    with pytest.raises(CheckpointError, match="a journal.jsonl that is not of edits"):
+        load(directory=tmp_path)
+    assert (tmp_path / "journal.jsonl").read_text() == "mine\n"
+
+
+def test_a_model_that_lies_elsewhere_on_another_machine_is_asked_for(load, tiny_llama, tmp_path):
+    here, there, edits = tmp_path / "here", tmp_path / "there", tmp_path / "edits"
+    shutil.copytree(tiny_llama, here)
+    load(here, directory=edits).edit([request(0)])
+    here.rename(there)
+    for options in ({"where": edits}, {"where": here, "directory": edits}):
+        with pytest.raises(ModelError, match=r"there is no directory(?s:.*)If it lies in another place here"):
+            load(**options)
+    assert list(load(there, directory=edits).records) == ["e0"]
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
