@@ -46,7 +46,8 @@ class Location:
     def device(self) -> torch.device:
         """Where the projection's weights are; those of a quantised one may be no parameters."""
         own = self.projection
-        return next(itertools.chain(own.parameters(), own.buffers(), self.lm.parameters())).device
+        first: Tensor = next(itertools.chain(own.parameters(), own.buffers(), self.lm.parameters()))
+        return first.device
 
 
 def locate(module: nn.Module, where: str, depth: float) -> Location:
