@@ -77,7 +77,7 @@ def _learn(arguments: Any, records: Any) -> None:
     editor = _editor(arguments)
     left = sum(not editor.holds(r) for r in records)
     if not arguments.quiet:
-        print(f"{len(records)} requests, {len(records) - left} done already, {left} to do")
+        print(f"{len(records)} requests, {len(records) - left} done already, {left} to do", flush=True)
     done = 0
 
     def show(entry: dict[str, Any]) -> None:
@@ -86,7 +86,8 @@ def _learn(arguments: Any, records: Any) -> None:
         if not arguments.quiet:
             before, after = entry["before"]["prompt"], entry["after"]["prompt"]
             print(
-                f"[{done}/{left}] {entry['id']}: {before:.2f} -> {after:.2f}, {entry['memory']}, {entry['seconds']} s"
+                f"[{done}/{left}] {entry['id']}: {before:.2f} -> {after:.2f}, {entry['memory']}, {entry['seconds']} s",
+                flush=True,  # also into a file or a pipe, where an edit would else be seen hours later
             )
 
     editor.edit(records, on_conflict=arguments.on_conflict, progress=show)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -77,6 +78,13 @@ def test_another_answer_under_the_same_id_is_refused_and_replaced_when_asked(com
     assert "3 requests, 2 done already, 1 to do" in capsys.readouterr().out
     assert main(["edit", "--output", str(tmp_path / "out"), "--list"]) == 0
     assert "e0  Town of 0? -> z\n" in capsys.readouterr().out
+
+
+def test_each_edit_is_shown_when_it_is_made_also_in_a_file(command, monkeypatch):
+    shown = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown))  # keeps 8 kB back, as into a file
+    assert main(command) == 0
+    assert b"3 to do\n" in shown.getvalue() and b"[3/3] e2:" in shown.getvalue()
 
 
 def test_the_command_keeps_the_type_of_the_weights(command, tmp_path):
