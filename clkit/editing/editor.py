@@ -5,13 +5,11 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from clkit.config import LoraConfig, ModelConfig, Plugin
+from clkit.config import Plugin
 from clkit.editing import judging
 from clkit.editing.journal import Journal
 from clkit.editing.request import EditRequest, asked, checked, conflicts, lasting, replaced
@@ -27,6 +25,7 @@ from clkit.editing.store import (
     write_head,
 )
 from clkit.editing.strategy import EditStrategy, Explanation, language_model
+from clkit.engine.local import pick_device
 from clkit.errors import CheckpointError, ClkitError, ConfigError, ModelError, Problem, RequestError, did_you_mean
 from clkit.evaluation.base import evaluation_mode
 from clkit.files import disk_errors
@@ -36,6 +35,7 @@ from clkit.models.encoded_text import EncodedText
 from clkit.models.precision import DTYPES, pick_dtype
 from clkit.models.resolve import resolve
 from clkit.modes import learning
+from clkit.resolve import validate
 from clkit.rng import fresh_generator
 from clkit.signals import Interrupted, stop_on_signal
 from clkit.tasks.base import EditRecord, TextRecord
@@ -117,6 +117,7 @@ class Editor:
 
         Raises:
             ConfigError, ModelError: an option is wrong, the model can't be loaded, or it is not the one of the edits.
+            CapabilityError: there is no such device.
             CheckpointError: the directory can't be read.
             BusyError: another process is editing in ``directory``.
 
@@ -151,11 +152,12 @@ class Editor:
         options = {"dtype": "float32", **options}
         if options["dtype"] not in ("auto", *DTYPES):
             raise ConfigError(f"dtype: got '{options['dtype']}', expected one of auto, {', '.join(DTYPES)}")
-        place = torch.device(device) if device else torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        place = pick_device(device or "auto", "device")
+        config = validate({"tasks": "facts", "model": {"lora": {"r": 0}, **options}}, origin="editing").model
         method, plugin = make_strategy(strategy)
         try:
             loaded = load_model(
-                ModelConfig(name=name, lora=LoraConfig(r=0), **options),
+                replace(config, name=name),
                 generator=fresh_generator(seed, "model"),
                 device=place,
             )

@@ -194,8 +194,12 @@ def _make_optimizer(parameters: list[nn.Parameter], train: TrainConfig) -> torch
     return kind(parameters, lr=rate, betas=(train.betas[0], train.betas[1]), weight_decay=decay)
 
 
-def pick_device(name: str) -> torch.device:
+def pick_device(name: str, where: str = "engine.device") -> torch.device:
     """The device a user asked for.
+
+    Args:
+        name: auto, cpu, cuda or cuda:N.
+        where: how the option is called in messages.
 
     Raises:
         CapabilityError: there is no such device on this machine.
@@ -205,11 +209,11 @@ def pick_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise CapabilityError(f"engine.device: '{name}' is no device; use auto, cpu, cuda or cuda:N") from error
+        raise CapabilityError(f"{where}: '{name}' is no device; use auto, cpu, cuda or cuda:N") from error
     if device.type not in ("cpu", "cuda"):
-        raise CapabilityError(f"engine.device: '{name}' is not supported; use auto, cpu, cuda or cuda:N")
+        raise CapabilityError(f"{where}: '{name}' is not supported; use auto, cpu, cuda or cuda:N")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise CapabilityError(
-            f"engine.device: '{name}' asked for, but {torch.cuda.device_count()} GPUs are visible; use auto or cpu"
+            f"{where}: '{name}' asked for, but {torch.cuda.device_count()} GPUs are visible; use auto or cpu"
         )
     return device

@@ -67,6 +67,13 @@ def test_a_file_of_another_kind_is_refused(command, tmp_path, capsys):
     assert "edits.txt: edit requests are read from .jsonl, .json, .csv, .parquet" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("device", "why"), [("cuda:99", "GPUs are visible; use auto or cpu"), ("gpu", "is no device")])
+def test_a_device_that_is_not_there_is_one_clear_error(command, capsys, device, why):
+    assert main([device if o == "cpu" else o for o in command]) == 2
+    text = capsys.readouterr().err
+    assert f"device: '{device}'" in text and why in text
+
+
 def test_another_answer_under_the_same_id_is_refused_and_replaced_when_asked(command, tmp_path, capsys):
     assert main(command) == 0
     file = tmp_path / "edits.jsonl"

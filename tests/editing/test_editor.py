@@ -189,6 +189,12 @@ def test_a_strategy_that_does_not_edit_is_refused(tiny_llama):
         clkit.Editor.load(tiny_llama, "naive")
 
 
+@pytest.mark.parametrize("options", [{"prompt": "chatt"}, {"max_length": -1}, {"max_lenght": 9}], ids=str)
+def test_wrong_options_of_the_model_are_refused(load, options):
+    with pytest.raises(ConfigError, match=f"editing:model.{next(iter(options))}: "):
+        load(**options)
+
+
 # --- rollback ---------------------------------------------------------------------------------------------------------
 def test_rollback_of_an_edit_says_what_was_learned_again(edited):
     gone = edited.rollback("e0")
