@@ -114,7 +114,7 @@ class LayerEdits(EditStrategy):
             found = x[0, -1].float()
             if keep:
                 self._readings[prompt] = found
-        return found
+        return found.to(self.location.device)  # the model may have moved since
 
     def nearest(self, reading: Tensor) -> list[tuple[str, float]]:
         """The edits whose prompts look most alike to the projection, and their cosine similarity.

@@ -324,7 +324,7 @@ class Wise:
             found = readings_of(x, None)[0]
             if keep:
                 self._readings[prompt] = found
-        return found
+        return found.to(self.location.device)  # the model may have moved since
 
     # --- taking edits out -------------------------------------------------------------------------------------------
     def forget(self, ids: Sequence[str], records: Mapping[str, EditRecord]) -> list[str]:

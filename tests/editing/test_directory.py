@@ -272,3 +272,16 @@ def test_a_model_on_which_edits_can_not_be_put_stays_as_it_was(load, base, tmp_p
         clkit.editing.attach(base, tmp_path / "edits")
     clkit.editing.attach(base, tmp_path / "edits")
     assert torch.equal(logits(base, editor.model.tokenizer), logits(editor.model.module, editor.model.tokenizer))
+
+
+@pytest.mark.parametrize("name", ["in_context", "grace", "wise"])
+def test_what_prompts_look_like_moves_with_the_model(tiny_llama, base, tmp_path, name):
+    few = {} if name == "in_context" else {"steps": 3, "contexts": 0}
+    editor = clkit.Editor.load(tiny_llama, {"name": name, "layer": "0"} | few, device="cpu", prompt="plain")
+    editor.edit([request(0)])
+    editor.save(tmp_path / "edits")
+    strategy = clkit.editing.attach(base, tmp_path / "edits")
+    read = strategy.wise.reading if name == "wise" else strategy.reading
+    before = read("Town of 0?")
+    base.to("meta")  # as to a GPU, or as a pipeline with a device does; on any machine
+    assert before.device.type == "cpu" and read("Town of 0?").device.type == "meta"
