@@ -26,7 +26,8 @@ def describe(config: RunConfig) -> str:
         ClkitError: what a run would raise before it loads weights.
     """
     tasks = in_force(config.output_dir).apply(build.make_tasks(config))
-    engine = build.check(config, tasks, STRATEGIES.get(config.strategy.name).capabilities)
+    capabilities = STRATEGIES.get(config.strategy.name).capabilities
+    engine, edits = build.check(config, tasks, capabilities), capabilities.kinds == {"edit"}
     lines = [f"{config.name}: strategy {config.strategy.name}, engine {config.engine.name}, into {config.output_dir}"]
     width = max(len(t.name) for t in (*tasks, *tasks.holdout))
     counts = build.stage_steps(config, tasks)
@@ -42,17 +43,23 @@ def describe(config: RunConfig) -> str:
     lines += [
         f"  {t.name:<{width}}  {'holdout':>13}  {len(t.eval):>6} eval  {'':>12}  {t.metric}" for t in tasks.holdout
     ]
-    lines.append(f"  {sum(counts)} optimiser steps of {config.train.batch_size} examples")
+    unit = f"optimiser steps of {config.train.batch_size} examples"
+    lines.append(f"  {sum(counts)} {'edits, one after another' if edits else unit}")
     lines += [f"  {note}" for note in engine.notes()]
-    return "\n".join([*lines, *_memory(config, tasks, engine.device)])
+    return "\n".join([*lines, *_memory(config, tasks, engine.device, edits)])
 
 
-def _memory(config: RunConfig, tasks: TaskSequence, device: torch.device) -> list[str]:
+def _memory(config: RunConfig, tasks: TaskSequence, device: torch.device, edits: bool) -> list[str]:
     sizes = estimate(config.model, build.num_classes(tasks), build.input_shape(tasks), device)
     if sizes is None:
         return [f"  model {config.model.name}: its size is known once it is fetched"]
     states = _GRADIENT_BYTES + (_SGD_BYTES if config.train.optimizer == "sgd" else _ADAM_BYTES)
     memory = sizes["weight_bytes"] + states * sizes["trainable"]
+    if edits:  # the weights stay as they are, and what is learned is small beside them
+        return [
+            f"  model {config.model.name}: {sizes['parameters']:,} parameters, none of them trained",
+            f"  about {sizes['weight_bytes'] / 2**20:,.0f} MiB for weights, and edits and activations on top",
+        ]
     share = sizes["trainable"] / max(1, sizes["parameters"])
     return [
         f"  model {config.model.name}: {sizes['parameters']:,} parameters, "

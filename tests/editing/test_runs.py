@@ -11,6 +11,7 @@ from clkit import api, resolve
 from clkit.editing import Editor
 from clkit.editing.request import read_requests
 from clkit.loop import StepLoop
+from clkit.plan import describe
 from clkit.report import write_report
 from clkit.report.history import History
 from clkit.report.sections import Edits
@@ -65,6 +66,12 @@ def test_what_a_run_costs_are_the_numbers_that_its_edits_keep(edit_content, tmp_
     assert len(set(costs["ft_layer"])) == 1 and costs["ft_layer"][0] > 0  # one layer, however many edits
     first, second = costs["grace"]  # keys and values of three edits, then of six
     assert 0 < first < second < costs["ft_layer"][0]
+
+
+def test_validate_says_that_edits_train_none_of_the_weights(edit_content):
+    text = describe(config(edit_content, "grace"))
+    assert "6 edits, one after another" in text and "35,104 parameters, none of them trained" in text
+    assert "optimiser" not in text and "gradients" not in text
 
 
 def test_a_run_that_was_cut_writes_every_edit_down_once(edit_content, tmp_path, monkeypatch):
