@@ -80,9 +80,12 @@ class CheckpointStore:
     ``damaged-<serial>`` or ``bad-<serial>``; serials are never given twice.
     """
 
-    def __init__(self, directory: Path, keep: int = 2) -> None:
+    def __init__(
+        self, directory: Path, keep: int = 2, advice: str = "Start again with --fresh, or restore a backup."
+    ) -> None:
         self.directory = directory
         self.keep = keep
+        self._advice = advice  # where all are damaged
 
     def list(self) -> list[Path]:
         """Complete checkpoints, oldest first."""
@@ -145,10 +148,7 @@ class CheckpointStore:
                 self._set_aside(damaged, "damaged")
                 return state
         if found:
-            raise CheckpointError(
-                f"{self.directory}: all {len(found)} checkpoints are damaged. "
-                "Start again with --fresh, or restore a backup."
-            )
+            raise CheckpointError(f"{self.directory}: all {len(found)} checkpoints are damaged. {self._advice}")
         return None
 
     def drop_after(self, total_steps: int) -> None:

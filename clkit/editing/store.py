@@ -30,6 +30,7 @@ from clkit.tasks.base import EditRecord
 
 _FORMAT = 1
 _EDITS = "_clkit_edits"  # on a model that carries edits: where they came from
+_DAMAGED = "Restore a backup, or make the edits again in another directory: journal.jsonl has their requests."
 _CHUNK = 1 << 22  # values that are rounded and hashed at once
 
 
@@ -150,7 +151,7 @@ def held(directory: Path) -> Iterator[None]:
 
 def states(directory: Path) -> CheckpointStore:
     """Where a directory keeps its states: written whole, verified when read, the newest two kept."""
-    return CheckpointStore(directory / "state", keep=2)
+    return CheckpointStore(directory / "state", keep=2, advice=_DAMAGED)
 
 
 def read_edits(directory: str | Path, keeps: bool = False) -> Saved:
@@ -172,7 +173,7 @@ def read_edits(directory: str | Path, keeps: bool = False) -> Saved:
         raise CheckpointError(f"{path}: no directory of edits (edits.json: {error}).") from error
     if written > _FORMAT:
         raise CheckpointError(f"{path}: written in format {written} by a newer clkit; this one reads {_FORMAT}.")
-    state = (states(path) if keeps else FollowerStore(path / "state")).load()
+    state = (states(path) if keeps else FollowerStore(path / "state", advice=_DAMAGED)).load()
     if state is None:
         raise CheckpointError(f"{path}: there is no saved state in it.")
     return Saved(path, *parts, state)

@@ -122,6 +122,13 @@ def test_only_who_edits_in_a_directory_sets_a_damaged_state_aside(load, tiny_lla
         editor = load(directory=tmp_path / "edits")
     editor.edit([request(i) for i in range(3)])
     assert not newest.exists() and list(load(tmp_path / "edits").records) == ["e0", "e1", "e2"]
+    for file in (tmp_path / "edits" / "state").rglob("state.json"):
+        file.write_text("cut")
+    with (
+        pytest.warns(RuntimeWarning),
+        pytest.raises(CheckpointError, match="damaged. Restore a backup, or make the edits"),
+    ):
+        load(tmp_path / "edits")
 
 
 def test_a_disk_that_is_full_when_the_tokenizer_is_written_is_one_clear_error(load, tmp_path):
