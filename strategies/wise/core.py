@@ -90,7 +90,12 @@ class Wise:
             RequestError: the edit does not fit the model; nothing has changed.
         """
         live = SideMemory([(self.shard, [])], self._zeros(), math.inf) if self.live is None else self.live
-        matrix, outcome, score = self._learn(record, live.matrix, self.shard, live.edits)
+        units = self._units
+        try:
+            matrix, outcome, score = self._learn(record, live.matrix, self.shard, live.edits)
+        except BaseException:
+            self._units = units  # the first edit that is learned sets them
+            raise
         self.live, live.matrix = live, matrix
         live.parts[0][1].append(record.id)
         self._least = min(self._least, score)

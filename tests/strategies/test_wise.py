@@ -12,7 +12,7 @@ from clkit.checkpoint import pack, unpack
 from clkit.config import ReplayConfig
 from clkit.editing import rows
 from clkit.editing.contexts import IRRELEVANT
-from clkit.errors import NumericalError, RequestError
+from clkit.errors import ClkitError, NumericalError, RequestError
 from clkit.strategies.wise.config import WISEConfig, problems, settled
 from clkit.strategies.wise.core import Wise
 from clkit.strategies.wise.delta import SparseDelta
@@ -95,6 +95,29 @@ def test_a_loss_that_is_not_finite_is_an_error_and_nothing_changes():
     with pytest.raises(NumericalError, match="lower strategy.learning_rate"):
         wise.learn(record(1))
     assert torch.equal(wise.layer.all()[0].matrix, before) and wise.layer.all()[0].edits == ["e0"]
+
+
+@pytest.mark.parametrize("count", [0, 1, 2])
+@pytest.mark.parametrize("fails", ["target", "loss"])
+def test_what_is_saved_after_an_edit_that_failed_is_what_was_before_it(count, fails):
+    wise, target = edited(count), "x" * 300 if fails == "target" else "T9x"
+    before = wise.state_dict()
+    weight = wise.model.module.lm_head.weight
+    kept = weight[0, 0].item()
+    with torch.no_grad():
+        weight[0, 0] = math.nan if fails == "loss" else kept
+    with pytest.raises(ClkitError):
+        wise.learn(record(9, target_new=target))
+    with torch.no_grad():
+        weight[0, 0] = kept
+    after = wise.state_dict()
+    assert (after["live"], after["units"]) == (before["live"], before["units"])
+    again = Wise(tiny(), quick())
+    again.load_state_dict(after)
+    for made in (wise, again):
+        made.learn(record(3))
+    assert again.layer.all()[-1].edits == wise.layer.all()[-1].edits
+    assert torch.equal(again.layer.all()[-1].matrix, wise.layer.all()[-1].matrix)
 
 
 def test_one_step_is_masked_gradient_descent_with_a_clamp():
