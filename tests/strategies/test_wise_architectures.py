@@ -132,24 +132,32 @@ def test_a_lora_adapter_counts_as_part_of_the_base():
 
 
 class Packed(torch.nn.Module):
-    """Stands for a quantised layer: int8 codes of another shape, a scale per row, no float matrix."""
+    """Stands for a quantised layer: int8 codes of another shape, a scale per row, no float matrix.
 
-    def __init__(self, linear):
+    The codes are a parameter (bitsandbytes), a buffer (GPTQ, AWQ), or no tensor that torch knows of (torch's own int8).
+    """
+
+    def __init__(self, linear, kept):
         super().__init__()
         self.out_features, self.in_features = linear.weight.shape
         scale = linear.weight.detach().abs().amax(1, keepdim=True) / 127
         codes = (linear.weight.detach() / scale).round().to(torch.int8)
-        self.weight = torch.nn.Parameter(codes.reshape(-1, 1), requires_grad=False)
-        self.register_buffer("scale", scale)
+        if kept == "parameter":
+            self.weight = torch.nn.Parameter(codes.reshape(-1, 1), requires_grad=False)
+        elif kept == "buffer":
+            self.register_buffer("weight", codes.reshape(-1, 1))
+        self.packed = [codes, scale]
 
     def forward(self, x):
-        return F.linear(x, self.weight.view(self.out_features, self.in_features) * self.scale)
+        codes, scale = self.packed
+        return F.linear(x, codes * scale)
 
 
-def test_a_quantised_base_learns_and_is_left_alone():
+@pytest.mark.parametrize("kept", ["parameter", "buffer", "hidden"])
+def test_a_quantised_base_learns_and_is_left_alone(kept):
     model = tiny()
     mlp = model.module.model.layers[1].mlp
-    mlp.down_proj = Packed(mlp.down_proj)
+    mlp.down_proj = Packed(mlp.down_proj, kept)
     before = logits(model, TEXT)
     wise = Wise(model, quick(steps=25))
     outcome = wise.learn(record(1))
