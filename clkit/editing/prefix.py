@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from clkit.editing.rows import Rows
+from clkit.errors import CapabilityError
 from clkit.models.location import Location
 from clkit.models.routing import CACHES, cache_of
 from clkit.modes import evaluating
@@ -90,8 +91,11 @@ class Reader:
     def _adds_directly(self, rows: Rows, found: dict[str, Tensor], head: Head | None) -> bool:
         """Whether what is added to the projection's output comes out of its block unchanged.
 
-        True for all but the architectures that normalise the feed-forward part's output (Gemma 2 and 3, OLMo 2).
+        True for all but the architectures that normalise the feed-forward part's output (Gemma 2 and 3, OLMo 2), where
+        the projection is the one that closes its block (not up_proj, or c_fc of GPT-2).
         """
+        if found["out"].shape != found["block out"].shape:
+            return False
         size = found["out"].float().norm(dim=-1, keepdim=True) / found["out"].shape[-1] ** 0.5
         probe = torch.linspace(-1, 1, found["out"].shape[-1], device=size.device) * size
         with self.entering(self.location.block, found["block in"]), adding(self.location.projection, probe):
@@ -110,6 +114,11 @@ class Reader:
     @contextlib.contextmanager
     def _watching(self, found: dict[str, Tensor]) -> Iterator[None]:
         def keep(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
+            if args[0].dim() != 3:
+                raise CapabilityError(
+                    f"'{self.location.name}' reads {tuple(args[0].shape)} instead of (rows, tokens, numbers), so there "
+                    "is no telling what belongs to which prompt; set strategy.layer to another layer"
+                )
             found["in"], found["out"] = args[0].detach(), out.detach()
 
         hook = self.location.projection.register_forward_hook(keep)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -53,9 +55,12 @@ def full_pass(wise, rows, matrix, settings):
     return answer, margin_loss(means[: rows.edits], means[rows.edits :], settings.alpha, settings.beta, settings.gamma)
 
 
+# By name also layers that give something else than the hidden state: GPT-2's c_fc is what the published code edits.
+NAMED = [("llama", "1.mlp.up_proj"), ("gpt2", "1.mlp.c_fc"), ("llama", "1.self_attn.v_proj")]
+
+
 @pytest.mark.parametrize("reach", ["answer", "sequence"])
-@pytest.mark.parametrize("layer", ["0", "1", "-1"])
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize(("name", "layer"), [*itertools.product(ARCHITECTURES, ["0", "1", "-1"]), *NAMED])
 def test_the_cached_prefix_has_the_gradients_of_a_full_pass(name, layer, reach):
     wise, edit = Wise(tiny(name), quick(layer=layer, reach=reach)), record(1)
     rows = wise._rows(edit)
@@ -210,6 +215,12 @@ def test_the_layer_is_found(where, name, block):
 def test_a_layer_that_is_not_there_is_an_error(where, message):
     with pytest.raises(ConfigError, match=message):
         locate(tiny().module, where, 0.85)
+
+
+def test_a_layer_that_reads_no_rows_is_refused():
+    model = tiny("opt", word_embed_proj_dim=32, ffn_dim=48)
+    with pytest.raises(CapabilityError, match="'layers.1.fc2' reads .* set strategy.layer to another layer"):
+        edited(1, model, layer="1.fc2")
 
 
 def test_models_without_blocks_or_without_a_plain_matrix_are_refused():
