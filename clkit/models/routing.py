@@ -125,7 +125,7 @@ class Pass:
 
 @dataclass
 class _Generation:
-    """One call of ``generate``; ``input``: how many tokens it was given, those in a cache included."""
+    """One call of ``generate``; ``input``: how many tokens it was given, those in a cache included, where known."""
 
     input: int | None
     choice: list[Any] | None = None
@@ -269,7 +269,7 @@ class PromptRouter:
         def generate(lm: Any, *args: Any, **kwargs: Any) -> Any:
             plain = partial(type(lm).generate, lm) if own is None else own
             outer = getattr(self._local, "generation", None)
-            self._local.generation = _Generation(_given(args, kwargs))
+            self._local.generation = _Generation(None if _put_before(lm) else _given(args, kwargs))
             try:
                 return plain(*args, **kwargs)
             finally:
@@ -312,6 +312,12 @@ def _given(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int | None:
     names = ("inputs", "input_ids", "inputs_embeds", "attention_mask")  # the mask also where only new tokens are given
     found = [*args[:1], *(kwargs.get(name) for name in names)]
     return max((t.shape[1] for t in found if isinstance(t, Tensor) and t.dim() > 1), default=None)
+
+
+def _put_before(lm: Any) -> bool:
+    """Whether a peft adapter puts tokens of its own before the input of ``generate`` (prompt tuning and the like)."""
+    wrapper = getattr(getattr(lm, "prepare_inputs_for_generation", None), "__self__", None)  # peft's while it generates
+    return bool(getattr(getattr(wrapper, "active_peft_config", None), "is_prompt_learning", False))
 
 
 def _visible(call: Pass, length: int) -> Tensor | None:

@@ -13,6 +13,7 @@ from wise_models import edited, tiny
 from clkit.editing.rows import prompt_ids
 from clkit.errors import CapabilityError
 from clkit.models.routing import CACHES
+from clkit.strategies.wise.core import Wise
 
 # The first and the last look like edits; "abab" lets prompt lookup guess an answer before the first pass.
 PROMPTS = ("Town of 0?", "An entirely different matter", "abab abab abab abab", "Town of 2?")
@@ -110,6 +111,28 @@ def test_a_prefix_from_before_the_edits_still_lets_the_prompt_be_routed(wise, pl
     answer, decision = write(wise, ids, **{CACHE: prefix[CACHE]})
     assert decision.memory == plain[PROMPTS[0]][1].memory
     assert torch.equal(answer, plain[PROMPTS[0]][0])
+
+
+@pytest.mark.filterwarnings("ignore:Position ids are not supported")
+@pytest.mark.parametrize("kind", ["PromptTuningConfig", "PromptEncoderConfig"])
+def test_tokens_that_an_adapter_puts_before_the_prompt_belong_to_it(wise, kind):
+    import peft
+
+    model = tiny()
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        adapter = getattr(peft, kind)(task_type="CAUSAL_LM", num_virtual_tokens=4)
+        wrapped = peft.get_peft_model(model.module, adapter).eval()
+    other = Wise(model, wise.config)
+    other.load_state_dict(wise.state_dict())
+    ids, counted = tokens(wise, PROMPTS[0]), []
+    plain = other.router.read
+    other.router.read = lambda x, mask: (
+        counted.append(x.shape[1] if mask is None else int(mask.sum())) or plain(x, mask)
+    )
+    # Without a cache: peft 0.21 does not know the name that transformers 5.23 gave it.
+    wrapped.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **SETTINGS | {"use_cache": False})
+    assert set(counted) == {ids.shape[1] + 4}, "decided once, on all of it"
 
 
 def test_several_sequences_in_one_row_are_refused(wise):
