@@ -204,6 +204,8 @@ class PromptRouter:
         """
         call = self.current()
         call.check()
+        if call.choice and len(x) % len(call.choice) == 0:  # a cache of one prompt for several answers
+            call.choice = [choice for choice in call.choice for _ in range(len(x) // len(call.choice))]
         if call.choice is None or len(call.choice) != len(x):
             if call.incomplete(x.shape[1]):
                 return [(-1, x.shape[1])] * len(x)

@@ -12,7 +12,7 @@ from wise_models import edited, tiny
 
 from clkit.editing.rows import prompt_ids
 from clkit.errors import CapabilityError
-from clkit.models.routing import CACHES
+from clkit.models.routing import CACHES, marking_prompt
 from clkit.strategies.wise.core import Wise
 
 # The first and the last look like edits; "abab" lets prompt lookup guess an answer before the first pass.
@@ -133,6 +133,23 @@ def test_tokens_that_an_adapter_puts_before_the_prompt_belong_to_it(wise, kind):
     # Without a cache: peft 0.21 does not know the name that transformers 5.23 gave it.
     wrapped.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **SETTINGS | {"use_cache": False})
     assert set(counted) == {ids.shape[1] + 4}, "decided once, on all of it"
+
+
+def test_rows_of_a_cache_that_is_repeated_keep_the_decision(wise, plain):
+    ids = torch.cat([tokens(wise, PROMPTS[k]) for k in (0, 3)])
+    cache = DynamicCache(config=wise.model.module.config)
+    options = torch.tensor([[40], [50], [60]] * 2)
+    with torch.no_grad():
+        wise.model.module(input_ids=ids, use_cache=True, **{CACHE: cache})
+        decided = wise.router.last
+        assert [d.memory for d in decided] == [plain[PROMPTS[k]][1].memory for k in (0, 3)]
+        cache.batch_repeat_interleave(3)
+        found = wise.model.module(input_ids=options, **{CACHE: cache}).logits[:, -1]
+        assert wise.router.last is decided
+        whole = torch.cat([ids.repeat_interleave(3, 0), options], 1)
+        with marking_prompt(torch.arange(whole.shape[1]).expand(6, -1) < ids.shape[1]):
+            expected = wise.model.module(input_ids=whole).logits[:, -1]
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
 
 
 def test_several_sequences_in_one_row_are_refused(wise):
