@@ -96,10 +96,10 @@ def build(
 
 
 def prompt_ids(form: PromptFormat, prompts: Sequence[str], max_length: int) -> list[list[int]]:
-    """The tokens of each prompt as the model reads it before it answers."""
+    """The tokens of each prompt as the model reads it before it answers; of an empty one EOS, as when it generates."""
     shown = form.render(prompts) if prompts else []
     tokens = form.tokenise(shown, [_ANY_WORD] * len(shown))
-    return [_cut(t, max_length, "it has none of its own") for t in tokens]
+    return [_cut(t, max_length, "it has none of its own") or [form.eos] for t in tokens]
 
 
 def _cut(tokens: Tokens, room: int, why: str) -> list[int]:

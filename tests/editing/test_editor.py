@@ -103,6 +103,12 @@ def test_generate_and_explain(edited):
     assert why.nearest[0] == ("e0", pytest.approx(1.0, abs=0.1))
 
 
+def test_an_empty_prompt_is_explained_as_it_is_answered(edited):
+    edited.generate("", 3)
+    (answered,) = edited.strategy.decisions()
+    assert edited.explain("").scores == pytest.approx(answered.scores, rel=1e-4)
+
+
 # --- refusals ---------------------------------------------------------------------------------------------------------
 def test_malformed_requests_are_all_listed_and_nothing_is_edited(load):
     editor = load()
