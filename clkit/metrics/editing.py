@@ -150,6 +150,8 @@ def summarize_edits(
 def perplexity(nll: Sequence[float], tokens: Sequence[int]) -> float:
     """exp of the mean negative log-likelihood per token, over all texts together; not clipped.
 
+    Infinite where that is too large for a float, as of a model that its edits broke.
+
     Args:
         nll: per text the sum over its tokens, in nats.
         tokens: per text how many.
@@ -159,4 +161,7 @@ def perplexity(nll: Sequence[float], tokens: Sequence[int]) -> float:
     """
     if not sum(tokens):
         raise ValueError("need at least one token")
-    return math.exp(math.fsum(nll) / sum(tokens))
+    try:
+        return math.exp(math.fsum(nll) / sum(tokens))
+    except OverflowError:
+        return math.inf

@@ -101,5 +101,6 @@ def test_the_summary_has_every_aspect_in_every_reading():
 def test_perplexity_is_over_all_tokens_together_and_not_clipped():
     assert perplexity([10.0, 2.0], [5, 1]) == pytest.approx(math.exp(2.0))
     assert perplexity([700.0], [100]) == pytest.approx(math.exp(7.0))
+    assert perplexity([1e5, 1.0], [10, 1]) == math.inf  # a model that diverged
     with pytest.raises(ValueError, match="at least one token"):
         perplexity([], [])
