@@ -18,7 +18,7 @@ from clkit import __version__
 from clkit.checkpoint import CheckpointStore, FollowerStore
 from clkit.config import Plugin
 from clkit.editing.strategy import EditStrategy
-from clkit.errors import BusyError, CapabilityError, CheckpointError, ConfigError, ModelError
+from clkit.errors import BusyError, CheckpointError, ConfigError, ModelError
 from clkit.files import disk_errors, write_json
 from clkit.models.causal_lm import CausalLM
 from clkit.models.loading import load_tokenizer
@@ -210,14 +210,9 @@ def attach(model: nn.Module, directory: str | Path, *, check: bool = True) -> Ed
     Raises:
         CheckpointError: the directory can't be read.
         ModelError: the model has other base weights, or carries edits already.
-        CapabilityError: its adapter puts tokens before the prompt.
     """
     saved = read_edits(directory)
-    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
-        raise CapabilityError(
-            "An adapter of prompt or prefix tuning puts tokens of its own before the prompt, by which edits can't be "
-            "routed; put edits on a model whose adapter changes layers, such as LoRA."
-        )
+    model = getattr(model, "_orig_mod", model)  # what torch.compile gave back; it is compiled anew below
     unwrapped: Any = getattr(model, "get_base_model", None)  # peft's
     base = model if unwrapped is None else unwrapped()
     if _EDITS in base.__dict__:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import resource
 import threading
 import time
@@ -292,19 +291,6 @@ def test_attach_puts_the_edits_on_a_model_in_memory_and_takes_them_off(edited, t
         torch.testing.assert_close(
             logits(wrapped, tokenizer, prompt), logits(edited.model.module, tokenizer, prompt), rtol=0, atol=1e-5
         )
-
-
-@pytest.mark.parametrize(
-    ("kind", "options"),
-    [("IA3", {"feedforward_modules": ["down_proj"]}), ("LoHa", {}), ("Vera", {}), ("AdaLora", {"total_step": 9}),
-     ("Lora", {"modules_to_save": ["lm_head"], "trainable_token_indices": [3]})],
-)  # fmt: skip
-def test_no_adapter_makes_another_base_of_a_model(edited, kind, options):
-    import peft
-
-    adapter = getattr(peft, f"{kind}Config")(target_modules=["down_proj"], task_type="CAUSAL_LM", **options)
-    wrapped = peft.get_peft_model(copy.deepcopy(edited.model.module), adapter)
-    assert fingerprint(wrapped) == fingerprint(wrapped.get_base_model()) == edited._base
 
 
 def test_another_base_model_is_refused(edited, tiny_llama, tmp_path):
