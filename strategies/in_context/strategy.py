@@ -17,9 +17,10 @@ from clkit.config import opt
 from clkit.editing.layer_edits import LayerEditConfig, LayerEdits
 from clkit.editing.prefix import position_ids
 from clkit.editing.strategy import EditOutcome, Explanation
-from clkit.errors import CapabilityError
+from clkit.errors import CapabilityError, RequestError
 from clkit.evaluation.packing import reads_rows
 from clkit.models.causal_lm import CausalLM
+from clkit.models.positions import learned_positions
 from clkit.models.routing import Pass, PromptRouter, at_last_token, uncompiled
 from clkit.strategies.in_context.widening import Insertion, Widening
 from clkit.tasks.base import EditRecord
@@ -74,12 +75,23 @@ class InContext(LayerEdits):
         """Remember one edit.
 
         Raises:
-            RequestError: its prompt does not fit the model.
+            RequestError: its prompt does not fit the model, or not behind what is told; nothing has changed.
         """
         self.reading(record.prompt)
+        self._check_room(record)
         self.edits[record.id], self.targets[record.id] = record.prompt, record.target_new
         self._newest = None
         return EditOutcome(_name(record.id), 0, {})
+
+    def _check_room(self, record: EditRecord) -> None:
+        form, positions = self.model.form, learned_positions(self.model.module)
+        (asked,) = form.tokenise(form.render([record.prompt]), [record.target_new])
+        told, read = len(self._tokens(record.prompt, record.target_new)), min(len(asked.ids) + 1, self.model.max_length)
+        if positions is not None and told + read > positions:
+            raise RequestError(
+                f"An edit does not fit the model: what is told takes {told} tokens, its prompt with the target {read}, "
+                f"and the model reads {positions}."
+            )
 
     def forget(self, ids: Sequence[str], records: Mapping[str, EditRecord]) -> list[str]:
         """Take edits out; nothing else changes."""
@@ -181,11 +193,12 @@ class InContext(LayerEdits):
             first = mask.index(1)
             shown = row[first : first + len(opening)] == opening
             at = first + len(opening) if shown else first
-            rows.append(Insertion(names[k], at, self._statement(names[k])))
+            rows.append(Insertion(names[k], at, self._tokens(self.edits[names[k]], self.targets[names[k]])))
         return rows
 
-    def _statement(self, edit: str) -> tuple[int, ...]:
-        text = f"New fact: {self.edits[edit]} {self.targets[edit]}\nPrompt: "
+    def _tokens(self, prompt: str, target: str) -> tuple[int, ...]:
+        """What is told of an edit."""
+        text = f"New fact: {prompt} {target}\nPrompt: "
         return tuple(self.model.tokenizer(text, add_special_tokens=False).input_ids)
 
     # --- state ------------------------------------------------------------------------------------------------------

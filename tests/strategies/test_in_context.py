@@ -9,8 +9,9 @@ import torch
 from transformers import DynamicCache
 from wise_models import logits, record, tiny
 
+from clkit.editing.judging import judge
 from clkit.editing.prefix import position_ids
-from clkit.errors import CapabilityError
+from clkit.errors import CapabilityError, RequestError
 from clkit.evaluation.packing import rowwise_logliks, why_not_packed
 from clkit.models.routing import CACHES
 from clkit.strategies.in_context.strategy import InContext, InContextConfig
@@ -128,6 +129,18 @@ def test_forgetting_and_detaching_leave_the_model_alone(told):
     told.detach()
     assert "forward" not in told.location.decoder.__dict__ and "generate" not in told.location.lm.__dict__
     assert torch.equal(logits(told.model, "Town of 0?"), logits(tiny(), "Town of 0?"))
+
+
+def test_an_edit_that_the_model_could_not_read_behind_its_statement_is_refused():
+    strategy = InContext(InContextConfig(layer="1"))
+    strategy.attach(tiny("gpt2"), 0)  # reads 256 tokens
+    fits, not_any_more = record(0, target_new="x" * 107), record(1, target_new="x" * 108)
+    with pytest.raises(RequestError, match="takes 138 tokens, its prompt with the target 120, .* reads 256"):
+        strategy.learn(not_any_more)
+    assert strategy.holdings() == {}
+    strategy.learn(fits)
+    scores, routes = judge(strategy, strategy.model, fits)
+    assert routes["prompt"]["memory"] == "statement-e0" and set(scores) == {"prompt"}
 
 
 def test_several_sequences_in_one_row_are_refused(told):
