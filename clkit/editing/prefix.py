@@ -107,8 +107,10 @@ class Reader:
             finally:
                 hook.remove()
         tokens = rows.attention_mask[:, -probe.shape[1] :].bool()
-        gap = (shown["out"].float() - found["block out"].float() - probe)[tokens]
-        return bool(gap.norm() < 0.05 * probe[tokens].norm())
+        out = found["block out"]
+        gap = (shown["out"].float() - out.float() - probe)[tokens].norm() / probe[tokens].norm()
+        rounding = 2 * torch.finfo(out.dtype).eps * out[tokens].float().norm() / probe[tokens].norm()
+        return bool(gap < min(1e-3 + float(rounding), 0.05))
 
     # --- running parts of the model ---------------------------------------------------------------------------------
     @contextlib.contextmanager

@@ -96,6 +96,23 @@ def test_only_what_is_above_the_edited_layer_runs_while_an_edit_is_learned():
     assert heads == [(3, len("T0x") + 1)] * 5  # only edit rows, only where a target or the end is predicted
 
 
+def test_a_block_that_scales_what_its_projection_gives_is_run_as_a_whole():
+    model = tiny("granite", residual_multiplier=1.02)
+    wise, plain = Wise(model, quick()), Wise(tiny("granite", residual_multiplier=1.0), quick())
+    for made, direct in ((wise, False), (plain, True)):
+        made.learn(record(0))
+        assert made.reader._direct is direct
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rounding_is_not_taken_for_scaling(dtype):
+    model = tiny()
+    model.module.to(dtype)
+    wise = Wise(model, quick())
+    wise.learn(record(0))
+    assert wise.reader._direct is True
+
+
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gptj", "phi"])
 def test_learning_lowers_the_loss_and_leaves_the_model_alone(name):
     model = tiny(name)
