@@ -46,7 +46,8 @@ class FTLayer(TrainedChange):
 
     def start(self) -> dict[str, Change]:
         """No change."""
-        return {self.location.name: DenseChange(torch.zeros(self.location.shape, device=self.location.device))}
+        zeros = torch.zeros(self.location.shape, dtype=torch.float32, device=self.location.device)
+        return {self.location.name: DenseChange(zeros)}
 
     def train(self, record: EditRecord, changes: Mapping[str, Change]) -> tuple[dict[str, Change], list[float]]:
         """Adam on the change, clamped after each step."""

@@ -51,9 +51,10 @@ class LoraEdit(TrainedChange):
         made: dict[str, Change] = {}
         for name, layer in self.additions.layers.items():
             rows, columns = matrix_shape(layer)
-            drawn = torch.rand(self.config.rank, columns, generator=fresh_generator(self.seed, "lora edit", name))
+            generator = fresh_generator(self.seed, "lora edit", name)
+            drawn = torch.rand(self.config.rank, columns, generator=generator, dtype=torch.float32)
             down = (2 * drawn - 1) / columns**0.5
-            made[name] = self._change(down, torch.zeros(rows, self.config.rank))
+            made[name] = self._change(down, torch.zeros(rows, self.config.rank, dtype=torch.float32))
         return made
 
     def _change(self, down: Tensor, up: Tensor) -> LowRankChange:

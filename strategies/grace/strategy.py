@@ -138,7 +138,7 @@ class Grace(LayerEdits):
         self.location.projection._modules.pop(_PLACE, None)
         values = [e.value for e in entries if e.value is not None]
         if entries:
-            radii = torch.tensor([e.radius for e in entries])
+            radii = torch.tensor([e.radius for e in entries], dtype=torch.float32)
             book = Codebook(torch.stack([e.key for e in entries]), torch.stack(values), radii)
             self.location.projection.add_module(_PLACE, book.to(self.location.device))
 

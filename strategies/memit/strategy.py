@@ -78,10 +78,10 @@ class Memit(ChangedLayers):
         found, prefix = self.prefix(record, lambda r: _subjects(r, after))
         places = found.ends[: found.edits] - after - prefix.start
         each = torch.arange(found.edits, device=places.device)
-        at = torch.zeros(prefix.states.shape[:2], device=places.device)
+        at = torch.zeros(prefix.states.shape[:2], dtype=torch.float32, device=places.device)
         at[each, places] = 1.0
         size = float(prefix.states[each, places].float().norm(dim=-1).mean())
-        value = torch.zeros(self.location.shape[0], device=places.device, requires_grad=True)
+        value = torch.zeros(self.location.shape[0], dtype=torch.float32, device=places.device, requires_grad=True)
 
         def loss() -> Tensor:
             return target_loss(prefix.logits(at[..., None] * value), prefix.targets)

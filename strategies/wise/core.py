@@ -215,7 +215,7 @@ class Wise:
 
     def _stacked(self, prompts: Sequence[str]) -> Tensor:
         """(N, in) the readings of ``prompts``."""
-        empty = torch.zeros(0, self.location.shape[1], device=self.location.device)
+        empty = self._zeros()[:0]
         return torch.stack([self.reading(p) for p in prompts]) if prompts else empty
 
     def _settings(self, activations: Tensor, base: Tensor, found: rows.Rows) -> Settings:
@@ -240,7 +240,7 @@ class Wise:
         return Settings(int(steps), rate * step, *margins, clamp, stop, unit)
 
     def _zeros(self) -> Tensor:
-        return torch.zeros(self.location.shape, device=self.location.device)
+        return torch.zeros(self.location.shape, dtype=torch.float32, device=self.location.device)
 
     # --- shards -----------------------------------------------------------------------------------------------------
     def _close(self) -> None:

@@ -34,7 +34,7 @@ class SparseDelta:
 
     def dense(self) -> Tensor:
         """(out, in) float32."""
-        flat = torch.zeros(self.shape[0] * self.shape[1])
+        flat = torch.zeros(self.shape[0] * self.shape[1], dtype=torch.float32)
         flat[self.index] = self.values
         return flat.view(self.shape)
 

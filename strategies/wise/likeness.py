@@ -135,7 +135,7 @@ class Gate:
         if self.prints and count < len(unrelated):
             nearest = self.alike(torch.stack(list(unrelated)), list(self.prints)).amax(dim=1).cpu()
             first = nearest.sort(descending=True).values[count]  # of those that may not
-            above = float(torch.nextafter(first, torch.tensor(math.inf)))
+            above = float(torch.nextafter(first, torch.full_like(first, math.inf)))
             self.limit = max(self.least, min(above, _HIGHEST))
 
     def _settled(self) -> Likeness:

@@ -27,4 +27,4 @@ def shard_mask(shape: tuple[int, int], ratio: float, seed: int, shard: int, comp
         for _ in range(shard + 1):
             drawn = state.choice([1, 0], size=shape[0] * shape[1], p=[ratio, 1 - ratio])
         return torch.from_numpy(drawn.astype(bool)).view(shape)
-    return torch.rand(shape, generator=fresh_generator(seed, "wise mask", shard)) < ratio
+    return torch.rand(shape, generator=fresh_generator(seed, "wise mask", shard), dtype=torch.float32) < ratio

@@ -36,13 +36,13 @@ def merge(
         raise ValueError(f"need deltas of one shape (got {[d.shape for d in deltas]})")
     shape = deltas[0].shape
     index = torch.unique(torch.cat([d.index for d in deltas]))
-    rows = torch.zeros(len(deltas), len(index))
+    rows = torch.zeros(len(deltas), len(index), dtype=torch.float32)
     for row, delta in zip(rows, deltas, strict=True):
         row[torch.searchsorted(index, delta.index)] = delta.values
     if how == "ties":
         rows = torch.stack([_largest(row, int(density * shape[0] * shape[1])) for row in rows])
     elif how == "dare" and density < 1:
-        kept = torch.rand(rows.shape, generator=generator) < density
+        kept = torch.rand(rows.shape, generator=generator, dtype=torch.float32) < density
         rows = rows * kept / density
     weight = torch.tensor(list(weights), dtype=torch.float32)[:, None]
     merged = agreed_mean(rows, weight) if how in ("ties", "sign") else (rows * weight).sum(dim=0)

@@ -60,6 +60,6 @@ class Protection:
     def _near(self, ratio: float, floor: float) -> Tensor:
         """(N, N) the inverse for a mask that keeps that part of every entry: the preconditioner."""
         if self._inverse is None:
-            eye = torch.eye(len(self.others), device=self.others.device)
+            eye = torch.eye(len(self.others), dtype=self.others.dtype, device=self.others.device)
             self._inverse = torch.linalg.inv(floor * eye + ratio * self.others @ self.others.T)
         return self._inverse

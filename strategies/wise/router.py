@@ -195,7 +195,7 @@ def choose(scores: Tensor, limits: Sequence[float], rank: Tensor | None = None) 
     >>> choose(torch.tensor([[3.0, 2.0], [3.0, 2.0]]), [1.0, 1.0], torch.tensor([[0.6, 0.9], [0.9, 0.9]]))
     [1, 1]
     """
-    passing = scores > torch.tensor(list(limits), device=scores.device)
+    passing = scores > torch.tensor(list(limits), dtype=scores.dtype, device=scores.device)
     fit = (scores if rank is None else rank).masked_fill(~passing, -torch.inf)
     best, which = fit.max(dim=1)
     if rank is not None:

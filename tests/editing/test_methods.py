@@ -11,6 +11,7 @@ import torch
 
 import clkit
 from clkit.cli import main
+from clkit.editing import attach
 from clkit.errors import CapabilityError
 from clkit.registry import STRATEGIES
 from clkit.tasks.base import EditRecord
@@ -65,6 +66,26 @@ def test_it_saves_loads_goes_on_and_takes_back(name, tiny_llama, tmp_path):
     for i in ("e0", "e2"):
         editor.rollback(i)
     assert same(answers(editor), plain) and not editor.memories()
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_type_that_torch_makes_tensors_of_does_not_matter(name, tiny_llama, tmp_path):
+    editor = clkit.Editor.load(tiny_llama, section(name), device="cpu", prompt="plain")
+    editor.edit(requests(0, 1))
+    editor.save(tmp_path / "saved")
+    other = clkit.Editor.load(tiny_llama, section(name), device="cpu", prompt="plain")
+    other.strategy.detach()
+    record = EditRecord("Town of 2?", "a", "e2")
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        attached = attach(other.model.module, tmp_path / "saved")
+        again = answers(other)
+        attached.learn(record)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert same(again, answers(editor))
+    editor.strategy.learn(record)
+    assert same(answers(other), answers(editor))
 
 
 @pytest.mark.parametrize("name", ["grace", "in_context", "memit"])
