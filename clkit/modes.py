@@ -1,4 +1,4 @@
-"""Let a module compute in another way for a while: in evaluation mode, or with other tensors."""
+"""Compute in another way for a while: in evaluation mode, with other tensors, or as torch does by default."""
 
 from __future__ import annotations
 
@@ -19,6 +19,13 @@ def evaluating(module: nn.Module) -> Iterator[nn.Module]:
     finally:
         for m in training:
             m.training = True
+
+
+@contextlib.contextmanager
+def plainly(device: torch.device) -> Iterator[None]:
+    """Within, gradients exist and types are as given, whatever inference mode or autocast is around (a server's)."""
+    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
+        yield
 
 
 @contextlib.contextmanager
@@ -45,10 +52,3 @@ def swapped(module: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[nn.Mod
         for name, value in kept.items():
             own[name].data = value
         torch.clear_autocast_cache()
-
-
-@contextlib.contextmanager
-def learning() -> Iterator[None]:
-    """Within, gradients are computed, also where the caller has switched them off."""
-    with torch.inference_mode(False), torch.enable_grad():
-        yield

@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from clkit.config import Plugin
 from clkit.editing import judging
 from clkit.editing.journal import Journal
@@ -34,7 +36,7 @@ from clkit.models.causal_lm import CausalLM
 from clkit.models.encoded_text import EncodedText
 from clkit.models.precision import DTYPES, pick_dtype
 from clkit.models.resolve import resolve
-from clkit.modes import learning
+from clkit.modes import plainly
 from clkit.resolve import validate
 from clkit.rng import fresh_generator
 from clkit.signals import Interrupted, stop_on_signal
@@ -125,8 +127,9 @@ class Editor:
             >>> editor = clkit.Editor.load("smollm2-135m", strategy="wise")  # doctest: +SKIP
         """
         home = Path(directory).resolve() if directory is not None else None  # the same place wherever the process goes
-        with learning(), held(home) if home is not None else contextlib.nullcontext():
-            return cls._load(model, strategy, home, seed, device, options)
+        place = pick_device(device or "auto", "device")
+        with plainly(place), held(home) if home is not None else contextlib.nullcontext():
+            return cls._load(model, strategy, home, seed, place, options)
 
     @classmethod
     def _load(
@@ -135,7 +138,7 @@ class Editor:
         strategy: str | Mapping[str, Any],
         home: Path | None,
         seed: int,
-        device: str | None,
+        place: torch.device,
         options: dict[str, Any],
     ) -> Editor:
         path = Path(model).resolve()
@@ -152,7 +155,6 @@ class Editor:
         options = {"dtype": "float32", **options}
         if options["dtype"] not in ("auto", *DTYPES):
             raise ConfigError(f"dtype: got '{options['dtype']}', expected one of auto, {', '.join(DTYPES)}")
-        place = pick_device(device or "auto", "device")
         config = validate({"tasks": "facts", "model": {"lora": {"r": 0}, **options}}, origin="editing").model
         method, plugin = make_strategy(strategy)
         try:
@@ -214,7 +216,7 @@ class Editor:
         if len(records) < len(given):
             records = checked(given)  # type: ignore[arg-type]
         self._check(records, on_conflict)
-        with self._holding(), learning():
+        with self._holding(), plainly(self.model.device):
             return self._learned(lasting(records), progress)
 
     def _learned(
@@ -296,7 +298,7 @@ class Editor:
         if not ids:
             known = [*self.records, *memories]
             raise RequestError(f"There is no active edit or memory '{name}'.{did_you_mean(name, known)}")
-        with self._holding(), learning():
+        with self._holding(), plainly(self.model.device):
             return self._take_back(ids)
 
     def _take_back(self, ids: list[str]) -> Rollback:

@@ -69,6 +69,24 @@ def test_it_saves_loads_goes_on_and_takes_back(name, tiny_llama, tmp_path):
 
 
 @pytest.mark.parametrize("name", METHODS)
+def test_it_learns_as_ever_in_a_server_s_modes(name, tiny_llama, tmp_path):
+    plain = clkit.Editor.load(tiny_llama, section(name), device="cpu", prompt="plain")
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        served = clkit.Editor.load(tiny_llama, section(name), device="cpu", prompt="plain", directory=tmp_path / "kept")
+        served.edit(requests(0))
+        served.explain("Town of 0?")
+        served.edit(requests(1, 2))
+        served.rollback("e1")
+        served = clkit.Editor.load(tmp_path / "kept", device="cpu")
+        served.explain("Town of 0?")
+        served.edit(requests(3))
+    plain.edit(requests(0, 1, 2))
+    plain.rollback("e1")
+    plain.edit(requests(3))
+    assert same(answers(served), answers(plain))
+
+
+@pytest.mark.parametrize("name", METHODS)
 def test_the_type_that_torch_makes_tensors_of_does_not_matter(name, tiny_llama, tmp_path):
     editor = clkit.Editor.load(tiny_llama, section(name), device="cpu", prompt="plain")
     editor.edit(requests(0, 1))
