@@ -99,11 +99,17 @@ class PromptFormat:
 
         A token belongs to the answer when it ends after the answer's first character begins: a token that spans the
         separator and the answer (" Paris") does. So does a space that is a token of its own (in front of a digit) where
-        a word would take it along: the prompt that a model is given ends before it, so it has to be learned.
+        a word would take it along: the prompt that a model is given ends before it, so it has to be learned. No token
+        spans the end of a chat template and an answer that begins with white space: the template is always read whole.
         """
         if not contexts:
             return []
         joined = self._joined(contexts, answers)
+        merged = [i for i, text in enumerate(joined) if self.chat and answers[i][:1].isspace() and text.is_merged]
+        before = self._joined([contexts[i] for i in merged], [""] * len(merged)) if merged else []
+        after = self._joined([""] * len(merged), [answers[i] for i in merged]) if merged else []
+        for i, shown, said in zip(merged, before, after, strict=True):
+            joined[i] = shown.followed_by(said)
         first = [text.answer for text in joined]
         apart = [i for i, text in enumerate(joined) if text.has_space_apart]
         before_a_word = self._joined([contexts[i] for i in apart], [ANY_WORD] * len(apart)) if apart else []
@@ -154,6 +160,17 @@ class _Joined:
         """The first token that ends after the answer's first character begins."""
         # That one and all that follow: byte-level tokenizers may give several tokens one offset.
         return int(np.append(self.ends > self.start, True).argmax())
+
+    @property
+    def is_merged(self) -> bool:
+        """Whether the answer's first token begins before the answer does."""
+        return self.answer < len(self.ids) and int(self.begins[self.answer]) < self.start
+
+    def followed_by(self, answer: _Joined) -> _Joined:
+        """This text with another one behind it that is its answer; the tokens are those of each alone."""
+        size = len(self.text)
+        begins, ends = np.append(self.begins, answer.begins + size), np.append(self.ends, answer.ends + size)
+        return _Joined(self.text + answer.text, size, self.ids + answer.ids, begins, ends)
 
     @property
     def has_space_apart(self) -> bool:

@@ -23,6 +23,7 @@ def tokens_after(form: PromptFormat, prompt: str, target: str, subject: str | No
     if found < 0 or start < 0:
         return 0
     end = start + found + len(subject or "")
+    target = target.lstrip() if form.chat else target  # its white space does not reach into a template
     text = shown + form.separator(shown, target) + target
     offsets = form.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
     inside = sum(begin < end for begin, _ in offsets)

@@ -126,6 +126,24 @@ def test_a_space_that_does_not_melt_into_its_answer_is_learned(tokenizer, prompt
     assert batch.num_targets == int((batch.labels != -100).sum())
 
 
+def test_an_answer_s_white_space_does_not_melt_into_the_end_of_a_chat_template():
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    known = ["<end>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "ĊĊ", "ĊĠ"]
+    raw = Tokenizer(models.BPE({token: i for i, token in enumerate(known)}, [("Ċ", "Ċ"), ("Ċ", "Ġ")]))
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    template = "{% for m in messages %}user\n{{ m['content'] }}\n{% endfor %}{{ 'bot\n' }}"
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=raw, eos_token="<end>", pad_token="<end>", chat_template=template
+    )
+    encoded = encode(tokenizer, *(("a?", answer) for answer in ("b", "\nb", " b", "\n\n b")), style="chat")
+    for i, learned in enumerate((["b"], ["Ċ", "b"], ["Ġ", "b"], ["ĊĊ", "Ġ", "b"])):
+        prompt, answer = split(encoded, i)
+        assert prompt == encoded.prompt_ids(i) == tokenizer("user\na?\nbot\n").input_ids
+        assert tokenizer.convert_ids_to_tokens(answer) == [*learned, "<end>"]
+
+
 def test_a_trailing_space_is_left_to_the_answer(tokenizer):
     with_space = encode(tokenizer, ("France is ", "Paris")).prompt_ids(0)
     assert with_space == encode(tokenizer, ("France is", "Paris")).prompt_ids(0)
