@@ -291,7 +291,7 @@ class PromptRouter:
         generation: _Generation | None = getattr(self._local, "generation", None)
         choice = kept.choice if generation is None else generation.choice  # each call of it is a prompt of its own
         known = None if generation is None or generation.choice is not None else generation.input
-        packed = given.get("cu_seq_lens_q") is not None
+        packed = given.get("cu_seq_lens_q") is not None or (not past and _restarts(given))
         self._local.call = Pass(choice, given.get("attention_mask"), cache, past, kept, known, packed)
 
     def _after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
@@ -320,6 +320,14 @@ def _put_before(lm: Any) -> bool:
     """Whether a peft adapter puts tokens of its own before the input of ``generate`` (prompt tuning and the like)."""
     wrapper = getattr(getattr(lm, "prepare_inputs_for_generation", None), "__self__", None)  # peft's while it generates
     return bool(getattr(getattr(wrapper, "active_peft_config", None), "is_prompt_learning", False))
+
+
+def _restarts(given: Mapping[str, Any]) -> bool:
+    """Whether positions begin again within a row that no mask explains: then transformers takes it for several ones."""
+    places = given.get("position_ids")
+    if given.get("attention_mask") is not None or not isinstance(places, Tensor) or places.dim() != 2:
+        return False
+    return bool((places.diff(dim=1) <= 0).any())
 
 
 def _visible(call: Pass, length: int) -> Tensor | None:

@@ -158,3 +158,18 @@ def test_several_sequences_in_one_row_are_refused(wise):
     with pytest.raises(CapabilityError, match="several sequences in one row"):
         wise.model.module(input_ids=ids, cu_seq_lens_q=ends)
     tiny().module(input_ids=ids, cu_seq_lens_q=ends)  # the model itself does not mind
+
+
+def test_sequences_that_are_told_apart_by_their_positions_are_refused(wise):
+    from transformers import DataCollatorWithFlattening
+
+    rows = [{"input_ids": tokens(wise, PROMPTS[k])[0].tolist()} for k in (0, 1)]
+    batch = DataCollatorWithFlattening(return_position_ids=True)(rows, return_tensors="pt")
+    packed = {name: batch[name] for name in ("input_ids", "position_ids")} | {"use_cache": False}
+    with pytest.raises(CapabilityError, match="several sequences in one row"):
+        wise.model.module(**packed)
+    found = tiny().module(**packed).logits  # the model itself reads two
+    first = tokens(wise, PROMPTS[0]).shape[1]
+    torch.testing.assert_close(found[:, first:], tiny().module(tokens(wise, PROMPTS[1])).logits, rtol=0, atol=1e-4)
+    ids = tokens(wise, PROMPTS[0])
+    wise.model.module(input_ids=ids, position_ids=torch.arange(ids.shape[1])[None])
