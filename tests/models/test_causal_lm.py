@@ -153,12 +153,14 @@ def test_generation_stops_at_the_end_token(lm_directory, end):
     assert len(ended) < len(text) and text.startswith(ended)
 
 
-def test_examples_and_answers_end_with_the_learned_positions(tokenizer, tmp_path):
-    from transformers import GPT2Config, GPT2LMHeadModel
+@pytest.mark.parametrize("kind", ["gpt2", "gptj"])
+def test_examples_and_answers_end_with_the_learned_positions(tokenizer, tmp_path, kind):
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
-    config = GPT2Config(vocab_size=len(tokenizer), n_embd=32, n_layer=1, n_head=2, n_positions=24)
-    GPT2LMHeadModel(config).save_pretrained(tmp_path)
+    sizes = {"n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 24} | ({"rotary_dim": 4} if kind == "gptj" else {})
+    config = AutoConfig.for_model(kind, vocab_size=len(tokenizer), **sizes)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     model = load(tmp_path)
     long = TextRecord("a b c d e f g " * 9 + "1", "Paris", id="long")
