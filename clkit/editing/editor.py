@@ -308,6 +308,24 @@ class Editor:
         self._record({"kind": "rollback", "ids": ids, "relearned": again})
         return Rollback(tuple(ids), tuple(again))
 
+    def consolidate(self) -> bool:
+        """Merge the finished memories of ``wise`` into one now, beside what its option ``merge_every`` does.
+
+        One memory takes less room, and what its edits say mixes: measure before and after. An edit that is taken out
+        of it later has all others in it learned again.
+
+        Returns:
+            Whether there were any to merge. Methods without several memories have none.
+
+        Raises:
+            BusyError, CheckpointError: as :meth:`edit`.
+        """
+        with self._holding(), plainly(self.model.device):
+            merged = self.strategy.consolidate()
+            if merged:
+                self._record({"kind": "merge", "memories": self.memories()})
+        return merged
+
     def memories(self) -> dict[str, list[str]]:
         """The edits of each memory, by its name."""
         return {name: [i for i in ids if i in self.records] for name, ids in self.strategy.holdings().items()}

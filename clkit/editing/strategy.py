@@ -83,6 +83,10 @@ class EditStrategy(Strategy):
         The model serves before it too: a run scores it amid a batch (``eval.every_steps``), the Editor after each edit.
         """
 
+    def consolidate(self) -> bool:
+        """Merge memories, where the method can; returns whether there were any to merge."""
+        return False
+
     @abstractmethod
     def forget(self, ids: Sequence[str], records: Mapping[str, EditRecord]) -> list[str]:
         """Take edits out.

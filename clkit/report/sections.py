@@ -53,7 +53,7 @@ class Edits:
 
     @property
     def made(self) -> list[dict[str, Any]]:
-        """The entries that are edits, not rollbacks."""
+        """The entries that are edits, not rollbacks or merges."""
         return [e for e in self.entries if e.get("kind") == "edit"]
 
     @property

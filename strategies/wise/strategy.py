@@ -56,6 +56,12 @@ class WISE(EditStrategy):
     def settle(self) -> None:
         """Nothing: thresholds are measured after every edit."""
 
+    def consolidate(self) -> bool:
+        """Merge the finished shards into one memory, besides what ``merge_every`` does."""
+        before = self.holdings()
+        self.wise.consolidate()
+        return self.holdings() != before
+
     def forget(self, ids: Sequence[str], records: Mapping[str, EditRecord]) -> list[str]:
         """Take edits out; the other edits of their memories are learned again."""
         again: list[str] = self.wise.forget(ids, records)

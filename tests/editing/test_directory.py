@@ -42,6 +42,27 @@ def test_relative_paths_mean_the_same_wherever_the_process_goes(load, tiny_llama
     assert json.loads(Path("../edits/edits.json").read_text())["model"]["name"] == str(tiny_llama)
 
 
+def test_finished_memories_are_merged_when_asked_and_that_is_kept(load, tmp_path):
+    editor = load(directory=tmp_path / "edits")
+    editor.edit([request(i) for i in range(5)])
+    assert list(editor.memories()) == ["shard-0", "shard-1", "shard-2"]
+    assert editor.consolidate() and not editor.consolidate(), "the last one is not full"
+    assert editor.memories() == {"shards-0-1": ["e0", "e1", "e2", "e3"], "shard-2": ["e4"]}
+    assert editor.journal.entries[-1]["kind"] == "merge" and len(editor.journal.entries) == 6
+    again = load(tmp_path / "edits", directory=tmp_path / "edits")
+    assert again.memories() == editor.memories()
+    assert torch.equal(*(logits(e.model.module, e.model.tokenizer) for e in (editor, again)))
+    assert set(again.rollback("e1").relearned) == {"e0", "e2", "e3"}
+    again.edit([request(5)])
+    assert [e["number"] for e in again.journal.entries] == [*range(1, 9)]
+
+
+def test_methods_without_several_memories_have_nothing_to_merge(tiny_llama):
+    editor = clkit.Editor.load(tiny_llama, {"name": "grace", "steps": 2}, device="cpu", prompt="plain")
+    editor.edit([request(0), request(1)])
+    assert not editor.consolidate() and len(editor.journal.entries) == 2
+
+
 def test_what_a_full_disk_kept_out_of_the_journal_is_in_a_copy_made_elsewhere(load, tmp_path, monkeypatch):
     editor = load(directory=tmp_path / "full")
     editor.edit([request(0)])
