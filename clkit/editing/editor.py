@@ -58,6 +58,20 @@ class Rollback:
     relearned: tuple[str, ...]
 
 
+@contextlib.contextmanager
+def _undivided(done: str) -> Iterator[None]:
+    """Ctrl-C and SIGTERM wait until model, list and journal say the same again; a second one does not wait.
+
+    Raises:
+        Interrupted: one came; what is within is done.
+    """
+    stop: list[bool] = []
+    with stop_on_signal(lambda: stop.append(True)):
+        yield
+    if stop:
+        raise Interrupted(f"interrupted, after {done}")
+
+
 class Editor:
     """A language model and the edits on it.
 
@@ -292,13 +306,14 @@ class Editor:
         Raises:
             RequestError: there is no such edit or memory.
             BusyError, CheckpointError: as for :meth:`edit`.
+            Interrupted: Ctrl-C; all is taken back.
         """
         memories = self.memories()
         ids = [name] if name in self.records else memories.get(name, [])
         if not ids:
             known = [*self.records, *memories]
             raise RequestError(f"There is no active edit or memory '{name}'.{did_you_mean(name, known)}")
-        with self._holding(), plainly(self.model.device):
+        with self._holding(), plainly(self.model.device), _undivided(f"'{name}' was taken back"):
             return self._take_back(ids)
 
     def _take_back(self, ids: list[str]) -> Rollback:
@@ -319,8 +334,9 @@ class Editor:
 
         Raises:
             BusyError, CheckpointError: as :meth:`edit`.
+            Interrupted: Ctrl-C; they are merged.
         """
-        with self._holding(), plainly(self.model.device):
+        with self._holding(), plainly(self.model.device), _undivided("memories were merged"):
             merged = self.strategy.consolidate()
             if merged:
                 self._record({"kind": "merge", "memories": self.memories()})

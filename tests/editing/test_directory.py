@@ -127,6 +127,25 @@ def test_ctrl_c_ends_after_the_edit_that_is_being_made(load, tmp_path, monkeypat
         signal.raise_signal(signal.SIGINT)
 
 
+@pytest.mark.parametrize("what", ["rollback", "merge"])
+def test_ctrl_c_does_not_cut_what_changes_several_edits(what, load, tmp_path, monkeypatch):
+    editor = load(directory=tmp_path / "edits")
+    editor.edit([request(i) for i in range(4)])
+    wise = editor.strategy.wise
+    measured = wise.calibrate
+
+    def pressed():  # when the memories are others, and nothing is written down
+        signal.raise_signal(signal.SIGINT)
+        measured()
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt, match="after (memories|'e1') w"):
+        patch.setattr(wise, "calibrate", pressed)
+        editor.rollback("e1") if what == "rollback" else editor.consolidate()
+    assert editor.journal.entries[-1]["kind"] == what
+    assert load(tmp_path / "edits").memories() == editor.memories() == editor.strategy.holdings()
+    assert ("e1" in editor.records) == (what == "merge")
+
+
 def test_only_who_edits_in_a_directory_sets_a_damaged_state_aside(load, tiny_llama, tmp_path):
     from transformers import AutoModelForCausalLM
 
