@@ -28,7 +28,7 @@ class LoraEditConfig(LearnedEditConfig):
     rank: int = opt(8, "rank of the adapter in each layer", min=1)
     alpha: float = opt(32.0, "scale; the update is alpha / rank * B @ A", above=0)
     steps: int = opt(50, "most steps per edit", min=1)
-    learning_rate: float = opt(1e-3, "step size of Adam", above=0)
+    learning_rate: float = opt(3e-4, "step size of Adam", above=0)
     contexts: int = opt(0, "texts that the model writes itself, put before the prompt, one row each", min=0, max=10)
 
 
