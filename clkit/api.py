@@ -13,7 +13,7 @@ from torch import nn
 from clkit import build, resolve
 from clkit.config import RunConfig
 from clkit.engine import launch
-from clkit.errors import CheckpointError, ClkitError, ConfigError, Problem
+from clkit.errors import CapabilityError, CheckpointError, ClkitError, ConfigError, Problem
 from clkit.models import wrap
 from clkit.models.base import Model
 from clkit.progress import Progress
@@ -210,11 +210,19 @@ def expand(config: RunConfig, content: Mapping[str, Any], overrides: Sequence[st
         raise ConfigError(
             f"compare: two entries would share a run directory ({', '.join(sorted(names))}); make their values differ"
         )
-    runs = []
+    runs, errors = [], []
     for name, entry in zip(names, config.compare, strict=True):
-        varied = resolve.merge(base, entry)
-        varied |= {"name": name, "output_dir": str(Path(config.output_dir) / name)}
-        runs.append(resolve.validate(varied, origin=f"compare[{name}]"))
+        try:
+            varied = resolve.merge(base, entry)
+            varied |= {"name": name, "output_dir": str(Path(config.output_dir) / name)}
+            runs.append(resolve.validate(varied, origin=f"compare[{name}]"))
+        except (ConfigError, CapabilityError) as error:
+            errors.append(error)
+    if len(errors) == 1:
+        raise errors[0]
+    if errors:
+        found = [problem for error in errors for problem in error.problems or (Problem("", str(error)),)]
+        raise ConfigError.collect(f"{len(errors)} of {len(names)} runs to compare are not usable:", found)
     return runs
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+import re
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -151,13 +152,14 @@ def validate(content: Mapping[str, Any], origin: str = "config", overridden: Ite
     content = {k: _expand(k, v) for k, v in content.items() if k != "sweep"}
     plain = {k: v for k, v in content.items() if k not in _PLUGINS}
     config: RunConfig = _fill(RunConfig, plain, "", problems, skip=_PLUGINS)
+    known = set()
     for section, (key, registry, default) in _PLUGINS.items():
         plugin = _plugin(section, content.get(section), key, registry, default, problems)
         if plugin is not None:
             setattr(config, section, plugin)
-    if not problems:
-        config.name = config.name or Path(config.output_dir).absolute().name
-        problems += _cross_checks(config)
+            known.add(section)
+    config.name = config.name or Path(config.output_dir).absolute().name
+    problems += _not_of(problems, _cross_checks(config, known))
     if problems:
         over = set(overridden)
         located = [Problem(f"{'command line' if p.where in over else origin}:{p.where}", p.what) for p in problems]
@@ -203,9 +205,16 @@ def _plugin(
     problems += [Unsupported(f"{section}.{option}", why) for option, why in elsewhere.items()]
     options = {k: v for k, v in options.items() if k not in elsewhere}
     filled = _fill(target.config_class, options, f"{section}.", problems, extra=(key,))
-    if len(problems) == before and hasattr(target, "check"):
-        problems += target.check(filled)
+    if hasattr(target, "check"):
+        problems += _not_of(problems[before:], target.check(filled))
     return Plugin(name, filled)
+
+
+def _not_of(told: Sequence[Problem], found: Iterable[Problem]) -> list[Problem]:
+    """What was found with defaults in the place of wrong values, without what those may be the reason of."""
+    wrong = {p.where.rpartition(".")[2] for p in told}
+    wrong |= {near for p in told for near in re.findall(r"Did you mean '(\w+)'", p.what)}
+    return [p for p in found if not wrong & {p.where.rpartition(".")[2], *re.findall(r"\w+", p.what)}]
 
 
 def section(cls: type[T], raw: Mapping[Any, Any], prefix: str, problems: list[Problem]) -> T:
@@ -335,8 +344,8 @@ def _out_of_range(value: Any, meta: Mapping[str, Any]) -> str:
     return ""
 
 
-def _cross_checks(config: RunConfig) -> list[Problem]:
-    """Problems between sections."""
+def _cross_checks(config: RunConfig, known: Collection[str]) -> list[Problem]:
+    """Problems between sections, of which ``known`` name the plug-ins that there are."""
     from clkit.models import check as check_model
 
     problems = [
@@ -344,7 +353,7 @@ def _cross_checks(config: RunConfig) -> list[Problem]:
         for p in check_model(config.model)
     ]
     abilities = STRATEGIES.get(config.strategy.name).capabilities
-    if config.engine.name not in abilities.engines:
+    if {"strategy", "engine"} <= set(known) and config.engine.name not in abilities.engines:
         engines = ", ".join(sorted(abilities.engines))
         problems.append(
             Problem(

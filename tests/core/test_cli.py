@@ -94,6 +94,13 @@ def test_every_entry_of_compare_is_checked_before_the_first_run_starts(text_cont
     assert not (tmp_path / "run").exists()
 
 
+def test_the_problems_of_all_entries_of_compare_come_at_once(text_content, tmp_path, capsys):
+    entries = [["strategy=niave"], ["strategy=replay"], ["strategy=lwf", "train.epochs=0"]]
+    assert main(["validate", compare_file(text_content, tmp_path, entries)]) == 2
+    err = capsys.readouterr().err
+    assert "2 of 3 runs" in err and "compare[niave]:strategy.name" in err and "compare[lwf-0]:train.epochs" in err
+
+
 WRONG = {
     "tasks.metric=exact-mach": "Unknown metric 'exact-mach'. Did you mean 'exact-match'",
     "tasks.metric=accuracy": "metric 'accuracy' scores classification tasks",

@@ -41,6 +41,42 @@ def test_every_problem_is_reported_at_once_with_file_key_and_near_name(tmp_path)
         assert piece in text, f"{piece}\nnot in\n{text}"
 
 
+def test_a_mistyped_key_does_not_hide_missing_files_and_what_does_not_go_together(tmp_path):
+    content = {
+        "model": {"name": "./nowhere"},
+        "tasks": {"source": "jsonl", "tasks": ["missing.jsonl"], "eval_fraction": 2.0, "root": str(tmp_path)},
+        "strategy": "reglora",
+        "engine": {"name": "private", "noise_multiplier": 1.0},
+        "train": {"epochz": 3, "betas": [0.9]},
+        "eval": {"also": ["exact-mach"]},
+    }
+    with pytest.raises(ConfigError) as caught:
+        resolve.validate(content)
+    assert {p.where for p in caught.value.problems} == {
+        "config:train.epochz",
+        "config:tasks.eval_fraction",
+        "config:tasks.tasks",
+        "config:model.name",
+        "config:engine.name",
+        "config:train.betas",
+        "config:eval.also",
+    }
+
+
+@pytest.mark.parametrize(
+    "tasks",
+    [
+        {"source": "jsonl", "taks": ["a.jsonl"]},
+        {"source": "jsonl", "tasks": 3},
+        {"source": "digits", "scenario": "domian", "domain": "permute", "num_tasks": 2},
+    ],
+)
+def test_what_only_follows_from_a_wrong_value_is_no_problem_of_its_own(tasks):
+    with pytest.raises(ConfigError) as caught:
+        resolve.validate({**GOOD, "tasks": tasks})
+    assert len(caught.value.problems) == 1, caught.value
+
+
 @pytest.mark.parametrize("value", [".nan", ".inf", "-1", "0"])
 def test_a_learning_rate_that_is_no_positive_number_is_out_of_range(value, tmp_path):
     file = tmp_path / "c.yaml"
