@@ -43,20 +43,6 @@ def make_tasks(config: RunConfig, tasks: TaskSequence | None = None) -> TaskSequ
     return TaskSequence(tasks.tasks, [*tasks.holdout, *general], tasks.scenario, [*tasks.files, *files])
 
 
-def whole(tasks: TaskSequence) -> list[Task]:
-    """Text tasks in which every record is scored, also those that would be trained on.
-
-    Raises:
-        CapabilityError: a task is of another kind.
-    """
-    found = []
-    for task in tasks:
-        if not isinstance(task.train, TextExamples) or not isinstance(task.eval, TextExamples):
-            raise CapabilityError("only text files can be scored as a whole; give files with `prompt` and `answer`")
-        found.append(dataclasses.replace(task, eval=TextExamples(task.train.records + task.eval.records)))
-    return found
-
-
 def make_strategy(plugin: Plugin) -> Strategy:
     """A fresh strategy object."""
     strategy: Strategy = STRATEGIES.get(plugin.name)(plugin.config)

@@ -112,7 +112,7 @@ def _parser() -> argparse.ArgumentParser:
         "--tasks",
         nargs="+",
         metavar="FILE",
-        help="text files (JSONL, CSV, parquet) to score, instead of the run's tasks",
+        help="text files (JSONL, CSV, parquet), or folders with a test file, to score instead of the run's tasks",
     )
     evaluate.add_argument("--metric", help="the score for --tasks (default: by the records)")
 
@@ -287,16 +287,16 @@ def _plan(arguments: Any) -> None:
 
 
 def _eval(arguments: Any) -> None:
-    from clkit import api, build, resolve
+    from clkit import api
     from clkit.result import score_table
+    from clkit.tasks.jsonl import to_score
 
     if arguments.metric and not arguments.tasks:
         raise ConfigError("--metric: is for the files of --tasks; the run's own tasks keep their metric. Give --tasks.")
     with api.open_run(arguments.run_dir) as trainer:
         tasks = trainer.scored
         if arguments.tasks:
-            section = {"source": "jsonl", "tasks": arguments.tasks, "metric": arguments.metric or "auto"}
-            tasks = build.whole(build.make_tasks(resolve.validate({"tasks": section}, origin="clkit eval")))
+            tasks = to_score(arguments.tasks, arguments.metric or "auto", "--tasks")
         with trainer.serving():
             print(score_table([trainer.score_task(task) for task in tasks], [task.name for task in tasks]))
 

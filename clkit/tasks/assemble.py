@@ -123,6 +123,18 @@ def build_sequence(
     )
 
 
+def scored_tasks(raw: Sequence[RawTask], config: RecordsConfig, problems: list[Problem]) -> list[Task]:
+    """Tasks whose rows are in ``eval`` and are only scored; ids are unique within each of them.
+
+    Raises:
+        DataError: there is any problem.
+    """
+    drafts = [_draft(one, RowParser(config, Ids(), problems), config, 0, holdout=True) for one in raw]
+    if problems:
+        raise DataError.collect("The data are not usable:", problems)
+    return [_records_task(draft, config, 0) for draft in drafts]
+
+
 def _draft(raw: RawTask, parser: RowParser, config: RecordsConfig, seed: int, holdout: bool = False) -> _Draft:
     problems = parser.problems
     # Training ids are unique over the whole sequence, because `joint`, replay and unlearning mix the tasks.

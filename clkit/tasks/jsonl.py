@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 from clkit.config import opt
 from clkit.errors import Problem, did_you_mean
-from clkit.tasks.assemble import RawTask, build_sequence
-from clkit.tasks.base import TaskSequence
+from clkit.tasks.assemble import RawTask, build_sequence, scored_tasks
+from clkit.tasks.base import Task, TaskSequence
 from clkit.tasks.readers import READERS, read_rows
 from clkit.tasks.records import RecordsConfig, record_problems
 from clkit.tasks.source import TaskSource
@@ -55,9 +56,7 @@ class JsonlSource(TaskSource):
             near = _near(root)
             return [*problems, Problem("tasks.root", f"folder '{root}' does not exist.{near}")]
         found = [_find(root, entry, key, problems) for key in ("tasks", "holdout") for entry in getattr(config, key)]
-        names = [files.name for files in found if files is not None]
-        for name in sorted({n for n in names if names.count(n) > 1}):
-            problems.append(Problem("tasks.tasks", f"two entries make a task named '{name}'; rename a file or folder"))
+        problems += _same_names(found, "tasks.tasks")
         if config.holdout and config.kind == "classification":
             problems.append(Problem("tasks.holdout", "works for kind text and edit, not classification"))
         return problems
@@ -91,10 +90,35 @@ class JsonlSource(TaskSource):
         return build_sequence(parts["tasks"], parts["holdout"], config, seed, files, problems)
 
 
+def to_score(entries: Sequence[str], metric: str, where: str) -> list[Task]:
+    """Text tasks that are only scored: all records of a file, or those of a folder's test file.
+
+    Args:
+        entries: files or folders, as in ``tasks.holdout``.
+        metric: their score, or ``auto``.
+        where: how the entries are called in messages.
+
+    Raises:
+        DataError: with every problem of all files.
+    """
+    problems: list[Problem] = []
+    found = [_find(Path(), entry, where, problems) for entry in entries]
+    problems += _same_names(found, where)
+    paths = {files.name: path for files in found if files is not None and (path := files.eval or files.train)}
+    raw = [RawTask(name, str(path), [], read_rows(path, problems)) for name, path in paths.items()]
+    return scored_tasks(raw, RecordsConfig(metric=metric), problems)
+
+
+def _same_names(found: Sequence[_Files | None], where: str) -> list[Problem]:
+    names = [files.name for files in found if files is not None]
+    twice = sorted({n for n in names if names.count(n) > 1})
+    return [Problem(where, f"two entries make a task named '{name}'; rename a file or folder") for name in twice]
+
+
 def _find(root: Path, entry: str, key: str, problems: list[Problem]) -> _Files | None:
     """The files behind one entry; None after a problem was noted."""
     path = root / Path(entry).expanduser()
-    where = f"tasks.{key}"
+    where = key if key.startswith("-") else f"tasks.{key}"
     if path.is_dir():
         train = _part(path, ("train",), where, problems)
         eval = _part(path, EVAL_NAMES, where, problems)

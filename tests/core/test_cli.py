@@ -202,6 +202,23 @@ def test_eval_scores_the_run_again_and_other_files(config, tmp_path, capsys):
     assert "option-loglik over 7 examples" in capsys.readouterr().out
 
 
+def test_eval_scores_the_test_file_of_a_folder_and_a_file_of_one_record(config, tmp_path, capsys):
+    main(["run", str(config), "--quiet"])
+    (tmp_path / "law").mkdir()
+    for name, count in (("law/train", 9), ("law/test", 2), ("one", 1)):
+        rows = [{"id": f"{i}", "prompt": f"red {i}", "answer": "a", "options": ["a", "b"]} for i in range(count)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    capsys.readouterr()
+    entries = [str(tmp_path / "law"), str(tmp_path / "one.jsonl")]
+    assert main(["eval", str(tmp_path / "run"), "--tasks", *entries]) == 0
+    assert [line.split()[0] + line.partition("over")[2] for line in capsys.readouterr().out.splitlines()] == [
+        "law 2 examples",
+        "one 1 examples",
+    ]
+    assert main(["eval", str(tmp_path / "run"), "--tasks", str(tmp_path / "two.jsonl")]) == 2
+    assert "--tasks: " in (err := capsys.readouterr().err) and "does not exist. Did you mean 'one.jsonl'?" in err
+
+
 def test_export_writes_a_plain_adapter_and_refuses_to_overwrite(config, tmp_path, capsys):
     main(["run", str(config), "--quiet"])
     assert main(["export", str(tmp_path / "run"), str(tmp_path / "mine")]) == 0
