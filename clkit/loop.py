@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 
 from clkit.progress import Bar
@@ -63,8 +61,6 @@ class StepLoop(TaskLoop):
             self._since, self._tokens = now, 0
         self._bar.advance(1)
         if config.eval.every_steps and step % config.eval.every_steps == 0:
-            title = f"step {step} of {self._task.name}"
-            trainer._score(lambda scores: np.full(len(trainer.scored), math.nan), title, further=False)
-            trainer.model.module.train()
+            trainer.score_midway(self._task)
         if trainer._stopping() or (config.checkpoint.every_steps and step % config.checkpoint.every_steps == 0):
             trainer._checkpoint()

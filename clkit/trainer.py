@@ -80,7 +80,7 @@ class SequentialTrainer:
         self.directory = directory
         self.progress = progress or Progress(enabled=False)
         self._stop = self._asked = False
-        self._initial_done = self._learned = False
+        self._initial_done = self._learned = self._midway = False
 
     # --- the run ----------------------------------------------------------------------------------------------------
     def fit(self, tasks: TaskSequence) -> RunResult:
@@ -144,7 +144,7 @@ class SequentialTrainer:
         own = [task.metric for task in self.scored]
         self.scores = Scores.empty(len(tasks), own)
         self.further = {m: Scores.empty(len(tasks), [m] * len(own)) for m in self.config.eval.also}
-        self._initial_done = self._learned = False
+        self._initial_done = self._learned = self._midway = False
         self._previous: Batch | None = None
         streams = Streams(self.config.seed)
         streams.seed_global()
@@ -184,6 +184,8 @@ class SequentialTrainer:
             self.observer.event("task", name=task.name, examples=count, steps=total)
         self.model.module.train()
         with self.progress.task(f"[{position.stage + 1}/{len(self.tasks)}] {task.name}", total, position.step) as bar:
+            if self._midway:
+                self.score_midway(task)
             self.strategy.train_task(task, StepLoop(self, task, bar))
         self.strategy.end_task(task)
         self.strategy.select_exemplars()
@@ -263,6 +265,7 @@ class SequentialTrainer:
         ``further``: the further matrices get their rows too, of more metrics and of weights that do not serve.
         """
         stage, count, shown = self.position.stage, len(self.tasks), []
+        before = self._events_offset()
         last = stage + 1 if self.config.eval.initial else stage
         due = due or [j for j in range(len(self.scored)) if j <= last or j >= count]
         also = self.config.eval.also if further else []
@@ -287,9 +290,17 @@ class SequentialTrainer:
                             self.observer.sample(self.scored[j], j, found[self.scores.task_metrics[j]], when)
                         shown += [] if name else [f"{self.scored[j].name} {found[tables[0].task_metrics[j]].value:.3f}"]
                         bar.advance(1)
-        if self._stop:
-            self._checkpoint()
+        if self._stop:  # whoever goes on from here scores all of them again
+            self._checkpoint(before)
         self.progress.say(f"{when}: " + "  ".join(shown))
+
+    def score_midway(self, task: Task) -> None:
+        """Score in the middle of a task: into events only."""
+        self._midway = True
+        nowhere = np.full(len(self.scored), math.nan)
+        self._score(lambda scores: nowhere, f"step {self.position.step} of {task.name}", further=False)
+        self._midway = False
+        self.model.module.train()
 
     @contextlib.contextmanager
     def _computing(self, weights: AbstractContextManager[nn.Module]) -> Iterator[None]:
@@ -325,14 +336,18 @@ class SequentialTrainer:
         """Where checkpoints go."""
         return self.directory.checkpoints if self.directory is not None else None
 
-    def _state(self) -> dict[str, Any]:
+    def _events_offset(self) -> int:
+        return self.directory.events_offset() if self.directory is not None else 0
+
+    def _state(self, events: int | None = None) -> dict[str, Any]:
         return {
             "position": dict(vars(self.position)),
             "learned": self._learned,
             "initial_done": self._initial_done,
+            "midway": self._midway,
             **self.scores.state_dict(),
             "further": {name: scores.state_dict() for name, scores in self.further.items()},
-            "events": self.directory.events_offset() if self.directory is not None else 0,
+            "events": self._events_offset() if events is None else events,
             "streams": self.run.streams.state_dict(),
             "strategy": self.strategy.state_dict(),
             "model": self.strategy.model_state(),
@@ -344,9 +359,10 @@ class SequentialTrainer:
     def _training(self) -> bool:
         return self.position.total_steps > 0
 
-    def _checkpoint(self) -> None:
+    def _checkpoint(self, events: int | None = None) -> None:
+        """Save the state, with the events up to byte ``events`` (None = all so far)."""
         if self.store is not None and self.directory is not None:
-            self.store.save(self._state())
+            self.store.save(self._state(events))
             self.directory.status("running", **self._where())
         if self._stop:
             where = f"interrupted at {self._place()}"
@@ -368,6 +384,7 @@ class SequentialTrainer:
         for key, value in saved["position"].items():
             setattr(self.position, key, value)
         self._learned, self._initial_done = saved["learned"], saved["initial_done"]
+        self._midway = saved.get("midway", False)
         self.uses.load_state_dict(saved.get("first_use"))
         self.scores.load_state_dict(saved)
         for name, numbers in saved.get("further", {}).items():

@@ -207,6 +207,31 @@ def test_scoring_every_few_steps_changes_nothing_and_is_written_down(text_conten
     assert sum(e["event"] == "score" and e["after"].startswith("step 2 of red") for e in events) == 2
 
 
+def test_scores_that_ctrl_c_cuts_short_are_there_once_after_a_resume(text_content, tmp_path, monkeypatch):
+    from clkit import trainer
+
+    def scored(result):
+        events = [json.loads(line) for line in (result.run_dir / "events.jsonl").read_text().splitlines()]
+        return [(e["after"], e["task"], e["total_steps"]) for e in events if e["event"] == "score"]
+
+    plain = run(text_content, output_dir=str(tmp_path / "plain"), eval={"every_steps": 3})
+    evaluate, count = trainer.evaluate_all, 0
+
+    def pressing(*args, **kwargs):
+        nonlocal count
+        count += 1
+        if count in (2, 4, 8):  # before training, midway, after the first task
+            os.kill(os.getpid(), signal.SIGINT)
+        return evaluate(*args, **kwargs)
+
+    monkeypatch.setattr(trainer, "evaluate_all", pressing)
+    for _ in range(3):
+        with pytest.raises(Interrupted):
+            run(text_content, eval={"every_steps": 3})
+    found = scored(run(text_content, eval={"every_steps": 3}))
+    assert len(found) > 9 and found == scored(plain)
+
+
 def test_the_run_directory_says_what_was_run(text_content):
     result = run(text_content)
     facts = json.loads((result.run_dir / "run.json").read_text())
