@@ -67,7 +67,7 @@ class RunDirectory:
     """
 
     def __init__(self, path: str | Path, keep: int = 2) -> None:
-        self.path = Path(path)
+        self.path = Path(path).expanduser()
         self._keep = keep
         self._lock = FileLock(self.path / ".lock")
         self._events: Any = None
@@ -256,7 +256,8 @@ class RunDirectory:
     @property
     def finished(self) -> bool:
         """Whether the run that is here came to its end and its result is there."""
-        whole = all((self.path / name).is_file() for name in ("matrix.json", "metrics.json"))
+        with disk_errors(self.path):  # a name that is too long for the disk
+            whole = all((self.path / name).is_file() for name in ("matrix.json", "metrics.json"))
         return whole and self.state.get("state") == "finished"
 
     @contextlib.contextmanager

@@ -33,7 +33,9 @@ class SplitConfig:
     classes_per_task: int = opt(2, "classes in each task; what remains makes a smaller last task", min=1)
     num_tasks: int = opt(0, "number of tasks, as even as possible; when above 0, classes_per_task is not used", min=0)
     class_order: list[Any] = opt([], "every class once, by name or number; empty = the data set's order, or order_seed")
-    order_seed: int | None = opt(None, "shuffle the classes with numpy's RandomState of this seed", min=0)
+    order_seed: int | None = opt(
+        None, "shuffle the classes with numpy's RandomState of this seed", min=0, max=2**32 - 1
+    )
     domain: str = opt(
         "shards",
         "what makes a task of scenario domain: shards = examples dealt out at random; permute = all examples, "

@@ -285,3 +285,8 @@ def test_the_hint_fits_what_went_wrong(number, hint):
     with pytest.raises(CheckpointError, match=f"can't write.*{hint}") as caught, disk_errors(Path("there")):
         raise OSError(number, "the system's words")
     assert "resumes" not in str(caught.value)
+
+
+def test_a_directory_whose_name_is_too_long_for_the_disk_is_one_clear_error(tmp_path):
+    with pytest.raises(CheckpointError, match="File name too long"):
+        _ = RunDirectory(tmp_path / ("x" * 300)).finished
