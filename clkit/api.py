@@ -257,7 +257,7 @@ def open_run(
     Raises:
         CheckpointError: no run, or no checkpoint, in ``run_dir``.
     """
-    path = Path(run_dir)
+    path = RunDirectory(run_dir).path
     if not (path / "config.yaml").is_file():
         raise CheckpointError(f"{path}: no run here (config.yaml is missing). Give the output_dir of a run.")
     directory = RunDirectory(path)

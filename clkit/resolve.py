@@ -158,6 +158,7 @@ def validate(content: Mapping[str, Any], origin: str = "config", overridden: Ite
         if plugin is not None:
             setattr(config, section, plugin)
             known.add(section)
+    problems += _not_of(problems, _place(config))
     config.name = config.name or Path(config.output_dir).absolute().name
     problems += _not_of(problems, _cross_checks(config, known))
     if problems:
@@ -167,6 +168,18 @@ def validate(content: Mapping[str, Any], origin: str = "config", overridden: Ite
         kind = CapabilityError if all(isinstance(p, Unsupported) for p in problems) else ConfigError
         raise kind.collect(f"The configuration has {count}:", located)
     return config
+
+
+def _place(config: RunConfig) -> list[Problem]:
+    """Put the user's home in the place of ``~`` in `output_dir`, which no shell does behind ``output_dir=``."""
+    if not config.output_dir:
+        return [Problem("output_dir", "is empty; give a directory (. is the current one)")]
+    if config.output_dir.startswith("~"):
+        try:
+            config.output_dir = str(Path(config.output_dir).expanduser())
+        except RuntimeError as error:  # ~name, of a user that there is not
+            return [Problem("output_dir", f"{error} (got '{config.output_dir}')")]
+    return []
 
 
 def options(cls: type, overrides: Sequence[str], where: str = "") -> Any:
@@ -281,7 +294,8 @@ def _fill(
                 problems.append(Problem(where, f"got {value!r}, expected a mapping of options"))
         else:
             try:
-                node[key] = _widen(value, hints[key])
+                # `key=` without a value is YAML's null; where a text is expected it is an empty one.
+                node[key] = "" if value is None and hints[key] is str else _widen(value, hints[key])
                 values[key] = _plain(node[key])
             except (OmegaConfBaseException, ValueError, TypeError):
                 problems.append(Problem(where, f"wrong type (got {value!r}, expected {_type_name(hints[key])})"))

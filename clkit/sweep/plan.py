@@ -106,7 +106,7 @@ def load(path: str, overrides: Sequence[str] = (), *, small: bool = False, yes: 
         problems.append(Problem("compare", "a sweep has axes; make an axis of what is compared, or delete one of both"))
     if problems:
         raise ConfigError.collect("The sweep is not usable:", [Problem(f"{path}:{p.where}", p.what) for p in problems])
-    directory = Path(str(plain.get("output_dir", RunConfig().output_dir)))
+    directory = Path(str(plain.get("output_dir", RunConfig().output_dir))).expanduser()
     sweep = Sweep(path, str(plain.get("name", directory.name)), directory, base, options, found, chosen)
     if options.search.trials:
         return sweep

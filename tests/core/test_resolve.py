@@ -95,6 +95,26 @@ def test_overrides_win_over_the_file_and_their_mistakes_name_the_command_line(tm
         resolve.load(file, ["train.epochs"])
 
 
+def test_a_run_goes_into_the_home_that_its_directory_names_and_not_into_a_folder_called_tilde(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert resolve.validate(resolve.merge(GOOD, ["output_dir=~/runs/x"])).output_dir == str(tmp_path / "runs" / "x")
+    for directory in ("", "~nobody-of-this-name/x"):
+        with pytest.raises(ConfigError, match="config:output_dir: "):
+            resolve.validate({**GOOD, "output_dir": directory})
+
+
+def test_an_override_without_a_value_is_an_empty_text_where_a_text_is_expected():
+    config = resolve.validate(resolve.merge({**GOOD, "tasks": "facts"}, ["name=", "tasks.metric="]))
+    assert config.name == "run" and config.tasks.config.metric == ""
+    with pytest.raises(ConfigError, match=r"train.epochs: wrong type \(got None, expected int\)"):
+        resolve.validate(resolve.merge(GOOD, ["train.epochs="]))
+
+
+def test_a_seed_of_the_class_order_that_numpy_does_not_take_is_out_of_range():
+    with pytest.raises(ConfigError, match="tasks.order_seed: out of range"):
+        resolve.validate({**GOOD, "tasks": {"source": "digits", "order_seed": 2**32}})
+
+
 def test_naming_a_section_replaces_it_so_that_options_of_another_plugin_do_not_linger():
     content = resolve.merge({**GOOD, "strategy": {"name": "lwf", "temperature": 3.0}}, ["strategy=naive"])
     assert content["strategy"] == {"name": "naive"}
