@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -119,25 +120,29 @@ class PastUpdates:
     def one_adapter(self, module: nn.Module) -> Iterator[None]:
         """Within, the module's parameters and peft's configuration are one adapter: all past tasks and the current.
 
-        Exact: the factors side by side, rank R = the sum of the ranks, alpha = R. Only for saving.
+        Exact: the factors side by side, rank R = the sum of a layer's ranks, alpha = R. Only for saving.
         """
         names = {id(p): name for name, p in module.named_parameters()}
         # An adapter that was not trained since the last task adds nothing but size.
         used = not self._tasks or any(bool(layer.B.any()) for layer in self._layers.values())
-        tensors, rank = {}, 0
+        tensors, ranks = {}, {}
         for name, layer in self._layers.items():
             parts = [updates[name] for updates in self._tasks] + ([layer.update()] if used else [])
             a, b = _side_by_side(parts)
             tensors[names[id(layer.A)]], tensors[names[id(layer.B)]] = a, b
-            rank = len(a)
-        (config,) = module.peft_config.values()  # type: ignore[operator]
-        declared = config.r, config.lora_alpha
-        config.r = config.lora_alpha = rank
+            ranks[f"^{re.escape(name.removeprefix('base_model.model.'))}$"] = len(a)
+        config = module.peft_config[module.active_adapter]  # type: ignore[index]
+        rank = max(ranks.values())
+        others = {layer: own for layer, own in ranks.items() if own != rank}
+        # The scales are in the factors: whatever made them (patterns, rank stabilisation) must not act again.
+        plain = {"r": rank, "lora_alpha": rank, "use_rslora": False, "rank_pattern": others, "alpha_pattern": others}
+        declared = {option: getattr(config, option) for option in plain}
         try:
+            vars(config).update(plain)
             with swapped(module, tensors):
                 yield
         finally:
-            config.r, config.lora_alpha = declared
+            vars(config).update(declared)
 
     def state_dict(self) -> list[dict[str, dict[str, Tensor]]]:
         """Per task and layer, the factors of its update."""

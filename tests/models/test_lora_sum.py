@@ -110,3 +110,36 @@ def test_quantised_and_tied_layers_are_left_alone_and_compute_with_the_sum(tiny_
         finish_task(layers, past)
         assert torch.allclose(module(IDS).logits, served, atol=1e-5)
     assert all(torch.equal(layer.base.weight, before[name]) for name, layer in layers.items())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"use_rslora": True},
+        {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 3}},
+        {"rank_pattern": {"layers.1.*q_proj": 3}, "use_rslora": True},
+    ],
+)
+def test_the_one_adapter_loads_as_the_sum_whatever_the_ranks_and_scales_of_its_layers(tiny_llama, tmp_path, options):
+    from peft import LoraConfig as PeftConfig
+    from peft import PeftModel, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    config = PeftConfig(r=4, lora_alpha=6, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", **options)
+    module = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_llama), config, adapter_name="mine").eval()
+    module.add_adapter("another", PeftConfig(r=1, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    declared = module.peft_config["mine"].to_dict()
+    layers = adapted_layers(module)
+    past = PastUpdates(module, layers)
+    for seed in (1, 2):
+        fill(layers, seed, size=0.5)
+        finish_task(layers, past)
+    with past.one_adapter(module):
+        module.save_pretrained(tmp_path, selected_adapters=["mine"], save_embedding_layers=False)
+    assert module.peft_config["mine"].to_dict() == declared
+    base = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    untouched = base(IDS).logits
+    loaded = PeftModel.from_pretrained(base, tmp_path / "mine").eval()
+    assert torch.allclose(loaded(IDS).logits, module(IDS).logits, atol=1e-5)
+    assert not torch.allclose(loaded(IDS).logits, untouched, atol=1e-2)
