@@ -8,22 +8,38 @@ from pathlib import Path
 from typing import Any
 
 from clkit.errors import CapabilityError
-from clkit.models.lora_sum import AdaptedLayer, PastUpdates, adapted_layers
+from clkit.models.lora_sum import AdaptedLayer, PastUpdates, adapted_layers, other_updates
 from clkit.strategy import Capabilities, RunContext, Strategy, on_deepspeed
 from clkit.tasks.base import Task
+
+# Ways of peft to draw an adapter that take it out of the base model: the base is another one then.
+_SPLITS_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")
 
 
 def require_adapter(strategy: Strategy) -> dict[str, AdaptedLayer]:
     """The layers of the run's model that carry its adapter, by name.
 
     Raises:
-        CapabilityError: there are none.
+        CapabilityError: there are none, or updates of some can't be summed as products of two matrices.
     """
-    model = strategy.run.model
-    layers = adapted_layers(model.module)
-    if not layers:
+    model, who = strategy.run.model, type(strategy).__name__
+    layers, others = adapted_layers(model.module), other_updates(model.module)
+    if others:
+        first, what = next((n.removeprefix("base_model.model."), w) for n, w in others.items())
+        more = f" and {len(others) - 1} more" if len(others) > 1 else ""
         raise CapabilityError(
-            f"{type(strategy).__name__} needs a LoRA adapter, and model '{model.name}' has none; set model.lora.r."
+            f"{who} sums updates B A of linear layers, and the adapter of model '{model.name}' has others: "
+            f"'{first}'{more}: {what}. Make a plain LoRA adapter; name linear layers in its target modules "
+            "(model.lora.target_modules)."
+        )
+    if not layers:
+        raise CapabilityError(f"{who} needs a LoRA adapter, and model '{model.name}' has none; set model.lora.r.")
+    module: Any = model.module
+    drawn = getattr(module.peft_config[module.active_adapter], "init_lora_weights", True)
+    if isinstance(drawn, str) and drawn.startswith(_SPLITS_BASE):
+        raise CapabilityError(
+            f"{who} starts each task with a fresh adapter on the same base model, and the adapter of model "
+            f"'{model.name}' was made with init_lora_weights='{drawn}': it changes the base model. Leave it out."
         )
     return layers
 
@@ -49,7 +65,7 @@ class FreshLora(Strategy):
         """Find the adapted layers.
 
         Raises:
-            CapabilityError: the model carries no LoRA adapter.
+            CapabilityError: the model carries no LoRA adapter, or one of another kind.
         """
         super().setup(run)
         self.layers = require_adapter(self)

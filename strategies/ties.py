@@ -103,11 +103,19 @@ class Ties(Strategy):
         """Find the adapted layers.
 
         Raises:
-            CapabilityError: the model carries no LoRA adapter, or a dense update can't be added to one of its weights.
+            CapabilityError: the model carries no LoRA adapter, more is trained than that, or a dense update can't be
+                added to one of its weights.
         """
         super().setup(run)
         self.layers = require_adapter(self)
         self._updates: list[dict[str, Factors]] = []
+        own = {id(parameter) for layer in self.layers.values() for parameter in (layer.A, layer.B)}
+        beside = [n for n, p in run.model.module.named_parameters() if p.requires_grad and id(p) not in own]
+        if beside:
+            raise CapabilityError(
+                f"'{beside[0]}' is trained beside the adapter, and what is not an update of a linear layer is neither "
+                "reset between tasks nor merged; make an adapter without modules_to_save, biases and tokens of its own."
+            )
         named = list(run.model.module.named_parameters(remove_duplicate=False))
         owners = Counter(id(p) for _, p in named)
         self._names = {id(p): name for name, p in named}

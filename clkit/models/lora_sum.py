@@ -61,6 +61,28 @@ def adapted_layers(module: nn.Module) -> dict[str, AdaptedLayer]:
     return found
 
 
+def other_updates(module: nn.Module) -> dict[str, str]:
+    """Layers with the active LoRA adapter whose update is not scaling * B A of a linear layer, and what it is."""
+    from peft.tuners.lora import LoraLayer
+    from peft.tuners.lora.layer import ParamWrapper
+
+    found = {}
+    for name, layer in module.named_modules():
+        for adapter in layer.active_adapters if isinstance(layer, LoraLayer) else ():
+            base = layer.get_base_layer()
+            if adapter in layer.lora_embedding_A:
+                found[name] = "an embedding"
+            elif isinstance(layer, ParamWrapper) and not isinstance(base, nn.Linear):
+                found[name] = f"a parameter of {type(base).__name__}"
+            elif adapter in layer.lora_variant:
+                found[name] = "more than B A, by an option such as use_dora"
+            elif layer.lora_bias.get(adapter):
+                found[name] = "a bias beside B"
+            elif adapter in layer.lora_A and len(true_shape(layer.lora_A[adapter].weight)) != 2:
+                found[name] = "a convolution"
+    return found
+
+
 class PastUpdates:
     """What earlier tasks changed. Weights of the base model are never written to.
 
