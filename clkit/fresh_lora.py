@@ -9,7 +9,7 @@ from typing import Any
 
 from clkit.errors import CapabilityError
 from clkit.models.lora_sum import AdaptedLayer, PastUpdates, adapted_layers, other_updates
-from clkit.strategy import Capabilities, RunContext, Strategy, on_deepspeed
+from clkit.strategy import Capabilities, RunContext, Strategy, carried, on_deepspeed
 from clkit.tasks.base import Task
 
 # Ways of peft to draw an adapter that take it out of the base model: the base is another one then.
@@ -67,9 +67,19 @@ class FreshLora(Strategy):
         Raises:
             CapabilityError: the model carries no LoRA adapter, or one of another kind.
         """
-        super().setup(run)
+        self.run = run
         self.layers = require_adapter(self)
         self.past = PastUpdates(run.model.module, self.layers)
+        super().setup(run)
+
+    def begin_task(self, task: Task) -> None:
+        """A model that an earlier run left its updates in would be exported without them.
+
+        Raises:
+            ModelError: it is such a model.
+        """
+        if self.past.inherited:
+            raise carried(self.run.model)
 
     def factors(self, write: bool = False) -> AbstractContextManager[None]:
         """Within, the adapters' matrices are whole."""
@@ -98,3 +108,5 @@ class FreshLora(Strategy):
         super().load_state_dict(state)
         with self.run.engine.gathered(self.past.folded, write=True):
             self.past.load_state_dict(state["past"])
+        if self.past.inherited:
+            raise carried(self.run.model)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from clkit.cache import RowCache
 from clkit.config import RunConfig, StrategyConfig, TrainConfig
 from clkit.engine.base import Engine
-from clkit.errors import CapabilityError, CheckpointError, Problem
+from clkit.errors import CapabilityError, CheckpointError, ModelError, Problem
 from clkit.evaluation.features import extract
 from clkit.loader import Encodings, Pool, StepLoader, steps_in_stage, training_classes
 from clkit.memory import Buffer, HerdingBuffer, Ref, make_buffer
@@ -25,6 +25,7 @@ from clkit.memory.budget import held_bytes
 from clkit.memory.herding import group_name, held_after
 from clkit.models.base import Model
 from clkit.models.lora import true_shape
+from clkit.models.lora_sum import carries_updates
 from clkit.rng import Streams
 from clkit.tasks.base import Kind, Task, TaskSequence
 from clkit.tasks.batch import Batch
@@ -171,8 +172,11 @@ class Strategy(ABC):
 
         Raises:
             CapabilityError: the buffer chooses by features, and the model has none.
+            ModelError: an earlier run in this process left updates in the model that are not in its adapter.
         """
         self.run = run
+        if carries_updates(run.model.module):
+            raise carried(run.model)
         if size := self.exemplar_limit(0):
             self.buffer = make_buffer(self.config.replay.policy, size)
             if self.buffer.by_features and not run.model.has_features:
@@ -376,6 +380,14 @@ def total_loss(losses: Losses) -> Tensor:
     """The sum of the terms."""
     values = list(losses.values())
     return values[0] if len(values) == 1 else torch.stack(values).sum()
+
+
+def carried(model: Model) -> ModelError:
+    """What to say of a model that computes with updates of an earlier run which are in no adapter of it."""
+    return ModelError(
+        f"Model '{model.name}' still has the updates of an earlier run in this process in it, beside its adapter, and "
+        "what is exported now would lack them. Load the model again."
+    )
 
 
 def one_pass(strategy: Strategy, train: TrainConfig, stage: int) -> TrainConfig:

@@ -7,10 +7,12 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from clkit.models.lora import true_shape
 from clkit.modes import swapped
@@ -89,17 +91,28 @@ class PastUpdates:
     A plain float32 layer gets a new weight tensor, base + sum, so that later tasks cost nothing more. Any other layer
     (half precision, quantised, tied) keeps its weight and gets the sum as a low-rank branch: small updates would be
     lost in the rounding of its weight.
+
+    A module on which another object like this one acted keeps that one's sums; ``inherited`` are the tasks in them.
+
+    Attributes:
+        inherited: those that :meth:`add` has not been given; the sums are right once there are none.
     """
 
     def __init__(self, module: nn.Module, layers: Mapping[str, AdaptedLayer]) -> None:
         self._layers = layers
         self._tasks: list[dict[str, Factors]] = []
         self._branches: dict[str, Factors] = {}
+        self._hooks: list[RemovableHandle] = []
+        before = _ACTING.get(module)
+        self.inherited: list[dict[str, Factors]] = [] if before is None else [*before._tasks, *before.inherited]
+        for hook in [] if before is None else before._hooks:
+            hook.remove()
+        _ACTING[module] = self
         owners = Counter(id(p) for _, p in module.named_parameters(remove_duplicate=False))
         self._folded = {name for name, layer in layers.items() if _is_plain(layer.base, owners)}
         for name, layer in layers.items():
             if name not in self._folded:
-                layer.base.register_forward_hook(self._branch(name))
+                self._hooks.append(layer.base.register_forward_hook(self._branch(name)))
 
     @property
     def folded(self) -> list[nn.Parameter]:
@@ -113,9 +126,14 @@ class PastUpdates:
     def add(self, updates: dict[str, Factors]) -> None:
         """Add one task's update of every layer, as :meth:`AdaptedLayer.update` gives it."""
         self._tasks.append(updates)
+        there = bool(self.inherited) and _equal(updates, self.inherited[0])
+        if there:
+            del self.inherited[0]
         for name, (a, b) in updates.items():
             layer = self._layers[name]
             if name in self._folded:
+                if there:
+                    continue
                 weight: Any = layer.base.weight
                 # Always task after task, also when a run resumes: another order would round differently.
                 weight.data = weight.data + (b @ a).to(weight)
@@ -171,9 +189,24 @@ class PastUpdates:
         return updates_to_state(self._tasks)
 
     def load_state_dict(self, state: list[dict[str, dict[str, Tensor]]]) -> None:
-        """Inverse of :meth:`state_dict`, on a model without past updates."""
+        """Inverse of :meth:`state_dict`, on a model without past updates or with those that it begins with."""
         for updates in updates_from_state(state):
             self.add(updates)
+
+
+_ACTING: WeakKeyDictionary[nn.Module, PastUpdates] = WeakKeyDictionary()
+
+
+def carries_updates(module: nn.Module) -> bool:
+    """Whether the module computes with updates of finished tasks that are in no adapter of it."""
+    past = _ACTING.get(module)
+    return past is not None and len(past) > 0
+
+
+def _equal(ours: Mapping[str, Factors], theirs: Mapping[str, Factors]) -> bool:
+    return ours.keys() == theirs.keys() and all(
+        torch.equal(x, y) for name in ours for x, y in zip(ours[name], theirs[name], strict=True)
+    )
 
 
 def updates_to_state(tasks: Sequence[Mapping[str, Factors]]) -> list[dict[str, dict[str, Tensor]]]:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 
 import pytest
 import stepping
 import torch
+from safetensors.torch import load_file
 from stepping import disturb, injected, logits, named, one_batch
 
 from clkit import api, build, resolve
-from clkit.errors import CapabilityError, ConfigError
+from clkit.errors import CapabilityError, ConfigError, ModelError
 from clkit.models.lora_sum import adapted_layers
+from clkit.rundir import run_directory
+from clkit.signals import Interrupted
 
 
 def trainer_for(content, **options):
@@ -167,7 +171,6 @@ def test_lambda_zero_is_sequential_lora_with_merging(text_content):
 
 def test_the_export_is_one_plain_adapter_of_all_tasks(text_content):
     from peft import PeftConfig
-    from safetensors.torch import load_file
 
     result = api.run(resolve.validate({**text_content, "strategy": "reglora"}))
     config = PeftConfig.from_pretrained(result.run_dir / "export")
@@ -211,3 +214,41 @@ def test_options_out_of_range_are_refused_all_at_once(text_content):
         resolve.validate({**text_content, "strategy": options})
     for key in ("strategy.fraction", "strategy.mask", "strategy.every"):
         assert key in str(caught.value)
+
+
+# --- the same model again, in one process -----------------------------------------------------------------------------
+
+
+def fit_until(content, model, total, name="reglora"):
+    """A run as `trainer_for` makes it, with a model that is there already; stopped after ``total`` steps."""
+    trainer, tasks = trainer_for(content) if name == "reglora" else stepping.trainer_for(content, name)
+    trainer.model = model or trainer.model
+    trainer.directory = run_directory(content["output_dir"], 2, True)
+    after_step = trainer.strategy.after_step
+
+    def after() -> None:
+        after_step()
+        trainer._asked = trainer._asked or trainer.position.total_steps == total
+
+    trainer.strategy.after_step = after
+    with pytest.raises(Interrupted) if total else contextlib.nullcontext():
+        trainer.fit(tasks)
+    return trainer
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_run_that_is_stopped_and_called_again_with_the_same_model_ends_bit_identically(text_content, tmp_path, dtype):
+    content = {**text_content, "model": {**text_content["model"], "dtype": dtype}}
+    whole = fit_until({**content, "output_dir": str(tmp_path / "whole")}, None, 0)
+    model = fit_until(content, None, 9).model  # in the third of three tasks
+    again = fit_until(content, model, 0)
+    weights = [load_file(t.directory.path / "export" / "adapter_model.safetensors") for t in (whole, again)]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert torch.equal(logits(again), logits(whole))
+
+
+@pytest.mark.parametrize("name", ["reglora", "naive"])
+def test_a_model_with_the_updates_of_another_run_in_it_is_refused(text_content, tmp_path, name):
+    model = fit_until({**text_content, "output_dir": str(tmp_path / "other")}, None, 5).model
+    with pytest.raises(ModelError, match=r"still has the updates of an earlier run.*Load the model again"):
+        fit_until(text_content, model, 0, name)
