@@ -7,9 +7,10 @@ The first adapter has learned the old tasks, the second those and then the new o
     python experiments/mode_connectivity.py runs/old/export runs/both/export --points 11 --out connectivity
 
 Model, tasks and scoring are those of the second adapter's run (the config.yaml beside it, or --config); its last task
-is the new one unless --new says how many are. Writes connectivity.csv (one row per space and point) and
-connectivity.png. A straight line between the ends means nothing is gained in between; a bulge upwards in `all` is a
-point that trades old for new better than either end.
+is the new one unless --new says how many are. Writes connectivity.csv (one row per space and point; a task called like
+another column, such as `new`, stands in one called `task new`) and connectivity.png. A straight line between the ends
+means nothing is gained in between; a bulge in `all` towards better scores is a point that trades old for new better
+than either end.
 """
 
 from __future__ import annotations
@@ -28,14 +29,24 @@ from peft import PeftModel
 from clkit import build, resolve
 from clkit.analysis import check_adapter, interpolate, save_adapter
 from clkit.errors import ClkitError, ConfigError
+from clkit.evaluation import SCORERS
 from clkit.evaluation.base import evaluate
 from clkit.loader import Encodings
 
 
-def score_path(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """One row per space and point: weight, score of each task, and means over old, new and all tasks."""
+def score_path(arguments: argparse.Namespace) -> tuple[list[dict[str, Any]], bool]:
+    """One row per space and point: weight, score of each task, and means over old, new and all tasks.
+
+    And whether higher scores are better.
+    """
     config = resolve.load(arguments.config or arguments.b.parent / "config.yaml")
     tasks = build.make_tasks(config)
+    directions = {bool(SCORERS.get(task.metric).higher_is_better) for task in tasks}
+    if len(directions) > 1:
+        metrics = ", ".join(f"{task.name} by {task.metric}" for task in tasks)
+        raise ConfigError(
+            f"Of some tasks a higher score is better, of others a lower one ({metrics}): no mean tells which."
+        )
     first_new = len(tasks) - arguments.new
     if first_new < 1 or arguments.new < 1 or arguments.points < 2:
         raise ConfigError(
@@ -64,9 +75,10 @@ def score_path(arguments: argparse.Namespace) -> list[dict[str, Any]]:
                 "all": statistics.fmean(scores),
             }
             row = {"space": space, "weight": round(weight, 4), **means}
-            rows.append({**row, **{t.name: s for t, s in zip(tasks, scores, strict=True)}})
+            names = [f"task {t.name}" if t.name in row else t.name for t in tasks]
+            rows.append({**row, **dict(zip(names, scores, strict=True))})
             print(f"{space} {weight:.2f}: " + "  ".join(f"{k} {v:.3f}" for k, v in means.items()), flush=True)
-    return rows
+    return rows, directions.pop()
 
 
 def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
@@ -109,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("connectivity"), help="path of the files, without extension")
     arguments = parser.parse_args(argv)
     try:
-        rows = score_path(arguments)
+        rows, higher = score_path(arguments)
     except ClkitError as error:
         print(error, file=sys.stderr)
         return error.exit_code
@@ -120,7 +132,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         writer.writeheader()
         writer.writerows(rows)
     plot(rows, arguments.out.with_suffix(".png"))
-    best = max(rows, key=lambda r: r["all"])
+    best = (max if higher else min)(rows, key=lambda r: r["all"])
     print(f"best mean over all tasks: {best['all']:.3f} at {best['weight']} in {best['space']} space; table in {table}")
     return 0
 

@@ -188,3 +188,21 @@ def test_the_script_scores_the_path_between_two_runs(text_content, tmp_path, scr
     assert "wrong: an adapter of another model: 'model.layers.0.self_attn.q_proj' is (32, 32) here" in (
         capsys.readouterr().err
     )
+
+
+def test_the_script_knows_perplexity_and_tasks_that_are_called_like_its_columns(text_content, tmp_path, script, capsys):
+    for path in map(Path, files := text_content["tasks"]["tasks"]):
+        path.rename(path.with_stem({"red": "all", "blue": "old", "green": "new"}[path.stem]))
+    renamed = [str(Path(file).with_stem(name)) for file, name in zip(files, ("all", "old", "new"), strict=True)]
+    tasks = {**text_content["tasks"], "tasks": renamed}
+    run = api.run(resolve.validate({**text_content, "tasks": {**tasks, "metric": "perplexity"}}))
+    worse = {name: 50 * value for name, value in load_file(run.run_dir / "export" / WEIGHTS).items()}
+    save_adapter(worse, tmp_path / "worse", like=run.run_dir / "export")
+    config = ["--config", str(run.run_dir / "config.yaml"), "--out", str(tmp_path / "path")]
+    assert script.main([str(run.run_dir / "export"), str(tmp_path / "worse"), "--points", "2", *config]) == 0
+    first, last, *_ = csv.DictReader((tmp_path / "path.csv").open())
+    own = [float(first[f"task {name}"]) for name in ("all", "old", "new")]
+    assert own == pytest.approx(list(run.matrix[-1]))
+    assert float(first["old"]) == pytest.approx((own[0] + own[1]) / 2)
+    assert float(first["all"]) == pytest.approx(sum(own) / 3) and float(first["all"]) < float(last["all"])
+    assert f"best mean over all tasks: {float(first['all']):.3f} at 0.0 in factor space" in capsys.readouterr().out
