@@ -82,13 +82,14 @@ class OutputLayer:
             return None
         found = cls(model, head)
         ids = torch.zeros((1, 2), dtype=torch.long, device=next(model.parameters()).device)
-        with torch.no_grad(), evaluating(model), found._replaced(_Known()):
+        known = _Known(head)
+        with torch.no_grad(), evaluating(model), found._replaced(known):
             logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
-        return found if torch.equal(logits, _Known()(logits)) else None
+        return found if torch.equal(logits, known(logits)) else None
 
     def apart(self) -> AbstractContextManager[None]:
         """Within the context the model returns, as its logits, what would have gone into the output layer."""
-        return self._replaced(nn.Identity())
+        return self._replaced(_Open(self.head))
 
     @contextlib.contextmanager
     def _replaced(self, other: nn.Module) -> Iterator[None]:
@@ -100,7 +101,23 @@ class OutputLayer:
             self._model.set_submodule(name, self.head)
 
 
-class _Known(nn.Module):
+class _Open(nn.Module):
+    """Stands for the output layer and lets through what goes in; Mamba asks the layer for the type of its weight."""
+
+    def __init__(self, head: nn.Module) -> None:
+        super().__init__()
+        self.head = head
+
+    def forward(self, states: Tensor) -> Tensor:
+        """The states themselves."""
+        return states
+
+    def __getattr__(self, name: str) -> Any:
+        head = super().__getattr__("head")
+        return head if name == "head" else getattr(head, name)
+
+
+class _Known(_Open):
     """An output layer whose logits run from -500 to 500, whatever goes in."""
 
     def forward(self, states: Tensor) -> Tensor:

@@ -59,6 +59,17 @@ def test_apart_shows_what_goes_into_the_layer_and_puts_it_back(tied):
     assert torch.equal(model(input_ids=ids).logits, whole)
 
 
+def test_a_model_that_reads_the_weight_of_its_output_layer_goes_on_reading_it():
+    sizes = {"state_size": 4, "num_hidden_layers": 1, "vocab_size": 50, "hidden_size": 16}
+    model = transformers.MambaForCausalLM(transformers.MambaConfig(**sizes)).requires_grad_(False).eval()
+    output = OutputLayer.of(model)
+    ids = torch.tensor([[1, 2, 3]])
+    whole = model(input_ids=ids).logits
+    with output.apart():
+        below = model(input_ids=ids).logits
+    assert below.shape == (1, 3, 16) and torch.equal(output.head(below), whole)
+
+
 def test_a_trained_layer_is_left_alone():
     model = llama(tie_word_embeddings=False)
     model.lm_head.requires_grad_(True)
