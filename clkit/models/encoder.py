@@ -10,6 +10,11 @@ from clkit.errors import ModelError
 from clkit.models.backbones.base import Backbone
 from clkit.models.lora import base_model
 
+# Embeddings, and layers that take nothing but states and mask, nothing after the last: what ``parts`` cuts such a model
+# into. Others that look alike give layers positions too (MPNet, DeBERTa, ESM), or have a norm behind the last one.
+_PLAIN = frozenset({"bert", "bert-generation", "camembert", "data2vec-text", "electra", "ernie", "markuplm"})
+_PLAIN |= {"mobilebert", "mra", "nystromformer", "roberta", "splinter", "xlm-roberta"}
+
 
 class TextEncoder(Backbone):
     """Last hidden states, pooled.
@@ -55,10 +60,11 @@ class TextEncoder(Backbone):
     def parts(self) -> dict[str, nn.Module]:
         """``embeddings``, ``layer1`` to ``layerN`` and pooling, for encoders built like BERT; empty for others."""
         base: Any = base_model(self.encoder)
-        layers = getattr(getattr(base, "encoder", None), "layer", None)
-        if layers is None or not hasattr(base, "embeddings"):
+        # A decoder's layers see no later token, and ELECTRA may widen what its embeddings give.
+        differs = getattr(self.config, "is_decoder", False) or hasattr(base, "embeddings_project")
+        if self.config.model_type not in _PLAIN or differs:
             return {}
-        chain = {f"layer{i}": _Layer(layer) for i, layer in enumerate(layers, start=1)}
+        chain = {f"layer{i}": _Layer(layer) for i, layer in enumerate(base.encoder.layer, start=1)}
         return {"embeddings": _Embeddings(base.embeddings, self.config), **chain, "pool": _Pool(self.pooling)}
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:  # type: ignore[override]

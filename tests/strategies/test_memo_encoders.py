@@ -13,6 +13,7 @@ from clkit import build, resolve
 from clkit.config import ModelConfig
 from clkit.errors import ModelError
 from clkit.models import load_classifier, load_model
+from clkit.models.encoder import _PLAIN, TextEncoder
 from clkit.models.expandable import Expandable
 from clkit.tasks.base import LabelledExamples, Task, TaskSequence
 from clkit.trainer import SequentialTrainer
@@ -49,6 +50,53 @@ def tiny_bert(tmp_path):
     )
     BertModel(config).save_pretrained(tmp_path / "bert")
     return tmp_path / "bert"
+
+
+@pytest.mark.parametrize("kind", sorted(_PLAIN))
+def test_every_text_encoder_that_names_its_parts_computes_the_same_when_it_is_cut(kind):
+    backbone = random_encoder(kind)
+    inputs = {"input_ids": torch.randint(4, 40, (3, 9)), "attention_mask": torch.ones(3, 9, dtype=torch.long)}
+    inputs["attention_mask"][1, 5:] = 0
+    with torch.no_grad():
+        grown = Expandable(backbone, backbone.default_cut)
+        grown.grow()
+        expected = backbone(**inputs).repeat(1, 2)
+        torch.testing.assert_close(grown.eval()(**inputs), expected, atol=1e-5, rtol=1e-5)
+
+
+def random_encoder(kind, **options):
+    """An encoder of transformers with random weights, those of norms and biases too."""
+    import transformers
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes |= {"intermediate_size": 16, "embedding_size": 16, "max_position_embeddings": 32, "pad_token_id": 0}
+    module = transformers.AutoModel.from_config(transformers.AutoConfig.for_model(kind, **sizes | options))
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return TextEncoder(module.eval(), "mean").eval()
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("mpnet", {}),
+        ("esm", {"emb_layer_norm_before": False}),
+        ("megatron-bert", {}),
+        ("roberta-prelayernorm", {}),
+        ("xlm-roberta-xl", {}),
+        ("deberta", {"relative_attention": True, "pos_att_type": ["c2p", "p2c"]}),
+        ("electra", {"embedding_size": 8}),
+        ("bert", {"is_decoder": True}),
+    ],
+)
+def test_a_text_encoder_that_is_no_chain_of_its_layers_is_refused(kind, options):
+    """Their layers get positions from outside, or something comes after the last: a chain computed something else."""
+    backbone = random_encoder(kind, **options)
+    assert backbone.default_cut == ""
+    with pytest.raises(ModelError, match="TextEncoder can't be cut"):
+        Expandable(backbone, "layer2")
 
 
 def test_texts_are_learned_and_exported(tmp_path):
