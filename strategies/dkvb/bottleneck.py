@@ -67,7 +67,7 @@ class Bottleneck(nn.Module):
     # --- from features to pairs -------------------------------------------------------------------------------------
     def queries(self, features: Tensor) -> Tensor:
         """(N, D) to (N, C, k)."""
-        with torch.autocast(features.device.type, enabled=False):  # half precision would find other keys
+        with _exact(features):
             found: Tensor = project(features.float(), self.projection, self.config.heads)
         return found
 
@@ -82,7 +82,8 @@ class Bottleneck(nn.Module):
             int16 (N, C * top_k).
         """
         allowed = self.usage > 0 if masked else None
-        found: Tensor = nearest(self.queries(features), self.keys, top_k=self.config.top_k, allowed=allowed)
+        with _exact(features):
+            found: Tensor = nearest(self.queries(features), self.keys, top_k=self.config.top_k, allowed=allowed)
         return found.flatten(1)
 
     def place(self, keys: Tensor) -> None:
@@ -183,3 +184,8 @@ class Bottleneck(nn.Module):
         """JSON from which an equal bottleneck is built."""
         options = {name: value for name, value in asdict(self.config).items() if name != "replay"}
         return {"options": options, "seed": self._seed, "num_classes": self.num_classes}
+
+
+def _exact(features: Tensor) -> torch.autocast:
+    """Within, nothing is computed in half precision, which would find other keys."""
+    return torch.autocast(features.device.type, enabled=False)

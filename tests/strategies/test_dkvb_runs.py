@@ -125,6 +125,17 @@ def test_the_same_pairs_are_read_whether_they_are_cached_or_not(tmp_path):
     np.testing.assert_array_equal(result.matrix, kept.matrix)
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_half_precision_of_the_model_does_not_reach_the_search(tmp_path, masked):
+    model = {"name": "identity", "dtype": "bfloat16"}
+    assert run(tmp_path, {"decoder": "votes"}, model=model).metrics["average_accuracy"] > 0.3
+    with api.open_run(tmp_path) as trainer:
+        head, features = trainer.strategy.head, trainer.tasks[0].eval.inputs
+        plain = head.lookup(features, masked)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert torch.equal(head.lookup(features, masked), plain)
+
+
 def test_pairs_are_found_in_the_cache_by_the_next_run(tmp_path, monkeypatch):
     first = run(tmp_path / "a")
     monkeypatch.setattr("clkit.strategies.dkvb.bottleneck.Bottleneck.lookup", None)  # nothing may be searched for
