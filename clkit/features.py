@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -182,12 +182,7 @@ class FeatureStrategy(Strategy, ABC):
             new = batch if batch.replayed is None else batch.rows(~batch.replayed)
             new = new.to(self.run.engine.device)
             vectors = self.head.transform(new.inputs["features"])
-            if not vectors.isfinite().all():
-                broken = [i for i, row in zip(new.ids, vectors.isfinite().all(dim=1).tolist(), strict=True) if not row]
-                raise NumericalError(
-                    f"Model '{self.run.model.name}' gives features that are not finite in task '{task.name}'. "
-                    f"Records: {', '.join(broken[:8])}; look at these records, or take model.dtype=float32."
-                )
+            check_finite(vectors, new.ids, self.run.model.name, f"task '{task.name}'")
             self.record(new, vectors)
             self._solved = False
             yield batch
@@ -249,6 +244,27 @@ def frozen_classifier(strategy: str, run: RunContext) -> tuple[Classifier, Class
             f"'{run.config.train.augment}')."
         )
     return model, net
+
+
+def check_finite(vectors: Tensor, ids: Sequence[str], model: str, where: str) -> None:
+    """Refuse vectors (N, W) that would silently spoil what is made of them.
+
+    Args:
+        vectors: of the records ``ids`` (N,).
+        ids: see ``vectors``; a record may have several.
+        model: what gave them.
+        where: what they are of.
+
+    Raises:
+        NumericalError: some are not finite; names their records.
+    """
+    good = vectors.isfinite().all(dim=1)
+    if not good.all():
+        broken = list(dict.fromkeys(i for i, row in zip(ids, good.tolist(), strict=True) if not row))
+        raise NumericalError(
+            f"Model '{model}' gives features that are not finite in {where}. "
+            f"Records: {', '.join(broken[:8])}; look at these records, or take model.dtype=float32."
+        )
 
 
 def solve_positive(matrix: Tensor, right: Tensor, advice: str) -> Tensor:

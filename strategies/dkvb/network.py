@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from clkit.cache import RowCache, Rows, row_names, tensors_digest
+from clkit.features import check_finite
 from clkit.loader import Encodings
 from clkit.models.backbones.base import Backbone
 from clkit.models.classifier import Classifier, ClassifierNet
@@ -93,6 +94,11 @@ class BottleneckNet(ClassifierNet):
         return logits
 
 
+def owners(ids: Sequence[str], counts: Tensor) -> list[str]:
+    """The record of each vector, where record ``i`` has ``counts[i]`` of them."""
+    return [i for i, count in zip(ids, counts.tolist(), strict=True) for _ in range(count)]
+
+
 def pad(rows: Tensor, counts: Tensor) -> Tensor:
     """Rows (M, S) dealt out by ``counts`` (B,): (B, max, S), filled with -1."""
     return _stack(list(torch.split(rows, counts.tolist())))
@@ -142,6 +148,11 @@ class EncodedPairs(EncodedLabelled):
         inputs = self.source.batch(indices).inputs if self._carry else {}
         return Batch({**inputs, "pairs": pairs}, self.labels.index_select(0, indices), len(indices), indices, self)
 
+    def check_finite(self, task: str) -> None:
+        """Refuse features that are not finite; those of tokens are looked at when their pairs are looked up."""
+        if isinstance(self.source, EncodedFeatures):
+            check_finite(self.source.features, self.ids, self._model.name, f"task '{task}'")
+
     def _look_up(self) -> Rows:
         head, model, source = self._head, self._model, self.source
 
@@ -169,6 +180,7 @@ def _by_token(model: Classifier, source: Encoded, rows: Tensor) -> Rows:
     def run(batch: Batch) -> Tensor:
         counts: Tensor
         vectors, counts = net.vectors(**batch.inputs)
+        check_finite(vectors, owners(batch.ids, counts), model.name, "the vectors of tokens")
         found = torch.split(net.head.lookup(vectors).cpu(), counts.tolist())
         parts.update(zip(batch.indices.tolist(), found, strict=True))
         return counts

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from clkit.config import TrainConfig
 from clkit.errors import CapabilityError, ConfigError, DataError, Problem
-from clkit.features import frozen_classifier
+from clkit.features import check_finite, frozen_classifier
 from clkit.loader import Pool
 from clkit.models.backbones.base import Backbone
 from clkit.models.classifier import ClassifierNet
@@ -20,7 +20,7 @@ from clkit.resolve import validate
 from clkit.strategies.dkvb.bottleneck import Bottleneck
 from clkit.strategies.dkvb.config import DKVBConfig
 from clkit.strategies.dkvb.keys import place_keys
-from clkit.strategies.dkvb.network import BottleneckNet, PairEncodings
+from clkit.strategies.dkvb.network import BottleneckNet, PairEncodings, owners
 from clkit.strategy import Capabilities, Losses, RunContext, Strategy, on_deepspeed, one_pass
 from clkit.tasks import build_tasks
 from clkit.tasks.base import Task
@@ -93,7 +93,14 @@ class DKVB(Strategy):
 
     # --- keys -------------------------------------------------------------------------------------------------------
     def begin_task(self, task: Task) -> None:
-        """Place the keys before anything is learned; later tasks find them placed."""
+        """Place the keys before anything is learned; later tasks find them placed.
+
+        Raises:
+            NumericalError: features are not finite. Any key would be the nearest to them, and no loss would show it.
+        """
+        for i in self.training_set(self.run.position.stage):
+            examples: Any = self.run.encodings.train(i)
+            examples.check_finite(task.name)
         if not self.head.placed:
             self.head.place(place_keys(self._key_queries(), self.config, self.run.streams["dkvb keys"]))
 
@@ -105,8 +112,10 @@ class DKVB(Strategy):
         left = self.config.key_limit
         with torch.no_grad(), self.run.engine.autocast():
             for part in torch.split(order, _ENCODE):
-                inputs = pool.batch(part).to(self.run.engine.device).inputs
-                found.append(self.head.queries(self._net.vectors(**inputs)[0])[:left])
+                batch = pool.batch(part).to(self.run.engine.device)
+                vectors, counts = self._net.vectors(**batch.inputs)
+                check_finite(vectors, owners(batch.ids, counts), self._model.name, "the data that place the keys")
+                found.append(self.head.queries(vectors)[:left])
                 left -= len(found[-1])
                 if not left:
                     break

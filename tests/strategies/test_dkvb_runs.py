@@ -10,7 +10,7 @@ from torch import nn
 
 from clkit import api, build, resolve
 from clkit.config import ModelConfig
-from clkit.errors import CapabilityError, ConfigError, DataError
+from clkit.errors import CapabilityError, ConfigError, DataError, NumericalError
 from clkit.models import load_classifier, load_model
 from clkit.rundir import RunDirectory
 from clkit.strategies.dkvb.config import DKVBConfig
@@ -302,6 +302,24 @@ def test_key_data_of_another_shape_is_refused_before_training(tmp_path):
     other = {"source": "digits", "flat": False}
     with pytest.raises(DataError, match="was built for inputs of shape"):
         run(tmp_path, {"key_data": "tasks", "key_tasks": other})
+
+
+@pytest.mark.parametrize(
+    ("key_data", "where"), [("first", "task 't1'"), ("all", "the data that place the keys")], ids=["values", "keys"]
+)
+def test_features_that_are_not_finite_are_named_before_they_are_learned(key_data, where):
+    tasks = []
+    for t in range(2):
+        x = torch.arange(32.0).view(8, 4) + t
+        examples = LabelledExamples(x, torch.arange(8) % 2 + 2 * t, [f"{t}/{i}" for i in range(8)])
+        tasks.append(Task(f"t{t}", examples, examples, "classification", "accuracy", (2 * t, 2 * t + 1)))
+    tasks[1].train.inputs[5, 0] = torch.inf
+    sequence = TaskSequence(tasks, scenario="class")
+    model = load_model(ModelConfig("identity"), num_classes=4, input_shape=(4,), generator=torch.Generator())
+    trainer = SequentialTrainer(model, DKVB(DKVBConfig(heads=2, pairs=4, key_dim=2, key_data=key_data)), {"train": SGD})
+    with pytest.raises(NumericalError, match=f"not finite in {where}. Records: 1/5;"):
+        trainer.fit(sequence)
+    assert trainer.strategy.head.keys.isfinite().all()
 
 
 def test_a_module_without_a_backbone_is_refused():
