@@ -59,6 +59,8 @@ def open_source(run_dir: Path) -> Source:
     Raises:
         RequestError: there is no finished run, or its data files have changed since.
     """
+    if run_dir.is_symlink():  # ledger and new run belong beside the run, not beside a link to it
+        run_dir = run_dir.resolve()
     directory = RunDirectory(run_dir)
     if not (run_dir / "config.yaml").is_file() or not directory.finished:
         raise RequestError(f"{run_dir}: no finished run here. Give the output_dir of a run that is finished.")

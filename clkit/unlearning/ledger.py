@@ -51,7 +51,7 @@ def find_folders(run_dir: Path | None) -> list[Path]:
     """The folders of all ledgers whose tombstones hold for a run directory; requests are written into the first."""
     chosen = os.environ.get(ENVIRONMENT)
     found = [Path(chosen).expanduser().absolute()] if chosen else []
-    above = run_dir.absolute().parents if run_dir is not None else ()
+    above = () if run_dir is None else (*run_dir.absolute().parents, *run_dir.resolve().parents)
     found += [parent / FOLDER for parent in above if (parent / FOLDER / FILE).is_file()]
     return list(dict.fromkeys(found))
 

@@ -131,7 +131,7 @@ def serve(
     if requests[0].dry_run:
         say(plan(run_dir, request_file, method) + "\ndry run: nothing was done")
         return None
-    ledger = Ledger(find_folder(run_dir) or run_dir.absolute().parent / FOLDER)
+    ledger = Ledger(find_folder(source.path) or source.path.absolute().parent / FOLDER)
     try:
         with ledger.serving():
             job = _Job(ledger, source, requests, method, say)

@@ -358,3 +358,17 @@ def test_purge_deletes_the_events_that_quote_edits(tiny_llama, write, tmp_path):
     assert "events.jsonl" in certificate(run_dir)[1]["superseded"]["still_there"]
     for path in run_dir.rglob("*"):
         assert not path.is_file() or b"kiwi" not in path.read_bytes(), path
+
+
+def test_a_run_named_by_a_link_is_served_where_it_is(digits_run, digit_ids, write, tmp_path):
+    (tmp_path / "home").mkdir()
+    link = tmp_path / "home" / "current"
+    link.symlink_to(digits_run, target_is_directory=True)
+    assert unlearn(link, write(request({"record_ids": digit_ids[:3]}))) == 0
+    assert new_run(digits_run).parent == digits_run.parent and [*link.parent.iterdir()] == [link]
+    # Tombstones hold beside the run, by whatever way a later one is named.
+    (tmp_path / "home" / "all").symlink_to(digits_run.parent, target_is_directory=True)
+    for folder in (digits_run.parent, tmp_path / "home" / "all"):
+        later = run(digits(tmp_path, output_dir=str(folder / f"later-{folder.name}")), tmp_path)
+        with api.open_run(later) as trainer:
+            assert not {*digit_ids[:3]} & {i for task in trainer.tasks for i in task.train.ids}
