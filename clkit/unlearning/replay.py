@@ -60,9 +60,12 @@ class ExactReplay(Method):
     what = "the run gone back to a checkpoint from before it first used a forgotten record, and on without them"
 
     def check(self, case: Case) -> list[Problem]:
-        """Strategy, schedule, classes, and a checkpoint that is old enough."""
+        """Engine, strategy, schedule, classes, and a checkpoint that is old enough."""
         config = case.config
         problems = []
+        if config.engine.name == "private":
+            what = "private draws secret batches and noise, so no run can be repeated; use retrain"
+            problems.append(Problem("engine", what))
         if not STRATEGIES.get(config.strategy.name).capabilities.causal:
             what = f"strategy '{config.strategy.name}' may look ahead, so an old checkpoint may know the records"
             problems.append(Problem("strategy", f"{what}; use retrain"))

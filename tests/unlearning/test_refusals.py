@@ -110,3 +110,13 @@ def test_changed_data_and_a_served_request_id_leave_the_ledger_as_it_was(digits_
     ledger = Ledger(digits_run.parent / "unlearning")
     assert len(ledger.tombstones()) == 2
     ledger.close()
+
+
+def test_a_private_run_is_not_replayed_because_it_can_not_be_repeated(people_content, write, tmp_path, capsys):
+    engine = {"name": "private", "noise_multiplier": 4.0, "accountant": "rdp"}
+    run_dir = run({**people_content, "engine": engine, "checkpoint": {"keep": 100}}, tmp_path)
+    with api.open_run(run_dir) as trainer:
+        file = write(request({"record_ids": [trainer.tasks[1].train.ids[0]]}))
+    assert unlearn(run_dir, file, "--method", "exact_replay", "--keep-near-duplicates") == 2
+    assert "secret batches and noise" in capsys.readouterr().err
+    assert nothing_forgotten(run_dir)
