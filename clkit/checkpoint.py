@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
 import shutil
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -256,3 +257,13 @@ def tensor_dict(module: torch.nn.Module, names: set[str]) -> dict[str, Tensor]:
     buffers = {name for name, _ in module.named_buffers()}
     state = module.state_dict(keep_vars=True)
     return {k: v.detach() for k, v in state.items() if k in names or k in buffers}
+
+
+def digest(weights: Mapping[str, Tensor]) -> str:
+    """SHA-256 over the names, types, shapes and values of tensors."""
+    found = hashlib.sha256()
+    for name in sorted(weights):
+        value = weights[name].detach().cpu().contiguous()
+        found.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        found.update(value.flatten().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()

@@ -8,11 +8,15 @@ from __future__ import annotations
 import datetime
 import hashlib
 import json
+import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from clkit.errors import RequestError
+from clkit.checkpoint import CheckpointStore
+from clkit.checkpoint import digest as tensor_digest
+from clkit.errors import CheckpointError, RequestError
 from clkit.files import file_sha256, write_json, write_text
 from clkit.unlearning import signing
 from clkit.unlearning.gates import Finding, brief
@@ -177,6 +181,8 @@ def _figures(guarantee: dict[str, Any] | None) -> list[str]:
 def verify(path: Path, signed_by: str | None = None) -> list[Finding]:
     """Check a certificate again: its hash and signature, the manifest and its roots, the new run's files, the ledger.
 
+    A guarantee's epsilons are computed again, and the protected base's weights are hashed again if they are there.
+
     ``certificate.md`` is checked where it still lies beside the certificate.
 
     Args:
@@ -214,6 +220,7 @@ def verify(path: Path, signed_by: str | None = None) -> list[Finding]:
             others = sorted(name for name, _ in {*there} - {*content["new_run"]["checkpoints"].items()})
             found.append(Finding("new_run_checkpoints", not others, {"changed": others}))
         found += _rests_on(folder / content["superseded"]["path"], content["guarantee"])
+        found += _epsilon(content["guarantee"])
         found.append(Finding("gates", all(f["passed"] is True for f in content["verification"])))
     except (OSError, ValueError, KeyError, TypeError) as error:
         found.append(Finding("readable", False, {"error": type(error).__name__}))
@@ -230,9 +237,32 @@ def _rests_on(superseded: Path, guarantee: dict[str, Any] | None) -> list[Findin
     rests_on = (guarantee or {}).get("rests_on")
     if rests_on is None:
         return []
-    now, then = run_files(superseded / rests_on["path"]), rests_on["files"]
+    # By its parts: the way through the superseded run's directory ends where that was deleted.
+    base = Path(os.path.normpath(superseded / rests_on["path"]))
+    now, then = run_files(base), rests_on["files"]
     changed = sorted({name for name, _ in {*now.items()} ^ {*then.items()}})
-    return [Finding("rests_on", not changed, {"changed": changed})]
+    try:
+        saved = CheckpointStore(base / "checkpoints").load()
+        same = saved is None or tensor_digest(saved["model"]) == rests_on["weights"]
+    except CheckpointError:
+        same = False
+    return [Finding("rests_on", same and not changed, {"changed": changed if same else ["checkpoints", *changed]})]
+
+
+def _epsilon(guarantee: dict[str, Any] | None) -> list[Finding]:
+    """Whether the epsilons of a guarantee, of one unit and of the group, follow from the steps that it counts."""
+    if guarantee is None or "spent" not in guarantee:
+        return []
+    from clkit.engine.guarantee import statement
+
+    steps = [[row[key] for key in ("noise_multiplier", "sampling_rate", "steps")] for row in guarantee["spent"]]
+    again = statement({**guarantee, "spent": steps}, guarantee["group"]["units"])
+    figures = [(again["epsilon"], guarantee["epsilon"])]
+    for bound in ("tight", "naive"):
+        ours, theirs = again["group"][bound] or {}, guarantee["group"][bound] or {}
+        figures += [(ours.get(key), theirs.get(key)) for key in ("epsilon", "delta")]
+    same = [a == b or (None not in (a, b) and math.isclose(a, b, rel_tol=1e-3)) for a, b in figures]
+    return [Finding("epsilon", all(same))]
 
 
 def _in_ledger(folder: Path, content: dict[str, Any]) -> dict[str, Any] | None:

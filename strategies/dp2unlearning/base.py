@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from clkit import resolve
@@ -81,13 +78,3 @@ def open_base(path: Path) -> ProtectedBase:
     if sum(steps for _, _, steps in facts["privacy"]["spent"]) < planned:
         raise ConfigError(f"strategy.base: {path} counts fewer noisy steps than it took. {_RESTORE}")
     return ProtectedBase(path, config, facts)
-
-
-def digest(weights: Mapping[str, Tensor]) -> str:
-    """SHA-256 over the names, types, shapes and values of tensors."""
-    found = hashlib.sha256()
-    for name in sorted(weights):
-        value = weights[name].detach().cpu().contiguous()
-        found.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
-        found.update(value.flatten().view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()

@@ -8,11 +8,12 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from clkit.checkpoint import digest
 from clkit.engine.guarantee import statement
 from clkit.errors import ClkitError, Problem
 from clkit.progress import Progress
 from clkit.strategies.dp2unlearning import rewritten
-from clkit.strategies.dp2unlearning.base import ProtectedBase, digest, open_base
+from clkit.strategies.dp2unlearning.base import ProtectedBase, open_base
 from clkit.unlearning.case import Case, Source, open_source
 from clkit.unlearning.certificate import run_files
 from clkit.unlearning.methods import Cost, Method, training_cost

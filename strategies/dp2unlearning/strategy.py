@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from clkit.checkpoint import digest
 from clkit.config import StrategyConfig, opt
 from clkit.errors import CheckpointError, ConfigError
-from clkit.strategies.dp2unlearning.base import ProtectedBase, digest, open_base
+from clkit.strategies.dp2unlearning.base import ProtectedBase, open_base
 from clkit.strategy import Capabilities, RunContext, Strategy, on_deepspeed
 from clkit.tasks.base import Task
 

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,10 +11,11 @@ import yaml
 from people import PEOPLE, nothing_forgotten, request
 
 from clkit import api, build, resolve
+from clkit.checkpoint import CheckpointStore, digest
 from clkit.cli import main
 from clkit.engine.accounting import Noisy, epsilon_of, group_epsilon_of
 from clkit.errors import CheckpointError, ConfigError
-from clkit.strategies.dp2unlearning.base import digest, open_base
+from clkit.strategies.dp2unlearning.base import open_base
 from clkit.strategies.dp2unlearning.rewrite import DpPrompt
 from clkit.strategies.dp2unlearning.rewritten import write_tasks
 from clkit.unlearning.records import records, without
@@ -163,12 +165,27 @@ def test_without_its_base_a_run_opens_and_no_request_is_served(deployed, m0, wri
 
 def test_verify_finds_a_base_that_changed_after_the_certificate(deployed, m0, write, capsys):
     assert unlearn(deployed, write(request({"record_ids": training_ids(m0)[:1]}))) == 0
-    ((path, _),) = certificates(deployed)
+    ((path, content),) = certificates(deployed)
+    shutil.rmtree(deployed)  # the way to the base must not lead through it
     assert main(["unlearn", "--verify", str(path)]) == 0
-    (m0 / "export" / "adapter_model.safetensors").write_bytes(b"other")
-    capsys.readouterr()
+    assert "ok     epsilon" in capsys.readouterr().out
+
+    store = CheckpointStore(m0 / "checkpoints")
+    state = store.load()
+    before = copy.deepcopy(state)
+    state["model"] = {name: value + 1 for name, value in state["model"].items()}
+    store.save(state)
     assert main(["unlearn", "--verify", str(path)]) == 3
-    assert "FAILED rests_on" in capsys.readouterr().out
+    assert 'FAILED rests_on {"changed": ["checkpoints"]}' in capsys.readouterr().out
+    store.save(before)
+    (m0 / "export" / "adapter_model.safetensors").write_bytes(b"other")
+    assert main(["unlearn", "--verify", str(path)]) == 3
+    assert 'FAILED rests_on {"changed": ["export/adapter_model.safetensors"]}' in capsys.readouterr().out
+
+    for figures in ({"epsilon": 0.1}, {"group": {**content["guarantee"]["group"], "units": 3}}):
+        path.write_text(json.dumps({**content, "guarantee": {**content["guarantee"], **figures}}))
+        assert main(["unlearn", "--verify", str(path)]) == 3
+        assert "FAILED epsilon" in capsys.readouterr().out
 
 
 def test_a_base_with_a_test_seed_guarantees_nothing_and_the_certificate_says_so(people_content, tmp_path, write):
