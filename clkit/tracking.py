@@ -74,7 +74,8 @@ class TensorBoard(Tracker):
         from torch.utils.tensorboard import SummaryWriter
 
         folder = str(directory.path / "tensorboard")
-        self._writer = SummaryWriter(folder, purge_step=step or None)
+        # What was written at this step and later is hidden; a finished task's scores are at the checkpoint's own step.
+        self._writer = SummaryWriter(folder, purge_step=step + 1)
 
     def log(self, numbers: Mapping[str, float], step: int) -> None:
         """One scalar each."""

@@ -57,6 +57,34 @@ def test_tensorboard_gets_every_number(vision_content):
         assert [v for _, v in seen] == pytest.approx([v for _, v in points], rel=1e-6)
 
 
+def test_tensorboard_keeps_what_was_scored_before_a_resume(vision_content, monkeypatch):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    from clkit.rundir import RunDirectory
+
+    config = resolve.validate(content(vision_content, ["tensorboard"]))
+    write, dies = RunDirectory.event, {"task-1": 2, "task-2": 2}  # in each task at its second step
+
+    def event(self, kind, **fields):
+        write(self, kind, **fields)
+        if kind == "step" and fields["step"] == dies.get(fields["task"]):
+            del dies[fields["task"]]
+            raise MemoryError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(RunDirectory, "event", event)
+        for _ in range(2):
+            with pytest.raises(MemoryError):
+                run(config)
+    run_dir = run(config).run_dir
+    read = EventAccumulator(str(run_dir / "tensorboard"), size_guidance={"scalars": 0})
+    read.Reload()
+    assert {name: [e.step for e in read.Scalars(name)] for name in read.Tags()["scalars"]} == {
+        name: [step for step, _ in points] for name, points in told(run_dir).items()
+    }
+
+
 def test_mlflow_gets_every_number_in_plain_files_and_goes_on_in_the_same_run(vision_content):
     mlflow = pytest.importorskip("mlflow")
     config = content(vision_content, ["mlflow"])
