@@ -18,7 +18,7 @@ from clkit.scores import Scores
 from clkit.strategy import Position, Strategy
 from clkit.tasks.base import EditExamples, Examples, LabelledExamples, Task, TaskSequence, TextExamples
 from clkit.tasks.images import thumbnail
-from clkit.tracking import Tracker, open_trackers, scalars
+from clkit.tracking import State, Tracker, open_trackers, scalars
 
 SAMPLES = "samples.json"
 _LONGEST = 600  # characters of a prompt or an answer that are kept
@@ -118,10 +118,16 @@ class Observer:
             peak_memory_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_memory(),
         )
 
-    def close(self) -> None:
+    def __enter__(self) -> Observer:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         """Finish what the trackers have begun."""
+        state: State = "finished" if kind is None else "failed"
+        if kind is not None and issubclass(kind, KeyboardInterrupt):
+            state = "interrupted"
         for tracker in self._trackers:
-            tracker.close()
+            tracker.close(state)
         self._trackers = []
 
 

@@ -21,13 +21,15 @@ import re
 import secrets
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 from clkit.errors import ConfigError, Problem
 from clkit.files import disk_errors
 from clkit.rundir import RunDirectory
 
 _PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow"}
+State = Literal["finished", "failed", "interrupted"]
+_ENDED: dict[State, str] = {"finished": "FINISHED", "failed": "FAILED", "interrupted": "KILLED"}  # as MLflow says it
 _COSTS = ("parameters", "trainable_parameters", "model_bytes", "exemplars", "exemplar_bytes", "peak_memory_bytes")
 
 
@@ -63,8 +65,8 @@ class Tracker(ABC):
         """Take some numbers of one step."""
 
     @abstractmethod
-    def close(self) -> None:
-        """Write what is still held back."""
+    def close(self, state: State) -> None:
+        """Write what is still held back, and how the run ended."""
 
 
 class TensorBoard(Tracker):
@@ -82,7 +84,7 @@ class TensorBoard(Tracker):
         for name, value in numbers.items():
             self._writer.add_scalar(name, value, step)
 
-    def close(self) -> None:
+    def close(self, state: State) -> None:
         """Flush and close the file."""
         self._writer.close()
 
@@ -114,9 +116,9 @@ class WandB(Tracker):
         if numbers:
             self._run.log({**numbers, "total_steps": step})
 
-    def close(self) -> None:
-        """Finish the run."""
-        self._run.finish()
+    def close(self, state: State) -> None:
+        """End the run; W&B knows whether it failed by an exit code."""
+        self._run.finish(exit_code=0 if state == "finished" else 1)
 
 
 class MLflow(Tracker):
@@ -141,6 +143,8 @@ class MLflow(Tracker):
             identity = str(self._client.create_run(experiment, run_name=name).info.run_id)
             for key, value in _flat(config).items():
                 self._client.log_param(identity, key, str(value)[:500])
+        else:
+            self._client.update_run(identity, status="RUNNING")
         self.identity = identity
 
     def log(self, numbers: Mapping[str, float], step: int) -> None:
@@ -148,9 +152,9 @@ class MLflow(Tracker):
         for name, value in numbers.items():
             self._client.log_metric(self.identity, _allowed(name), value, step=step)
 
-    def close(self) -> None:
-        """Mark the run as finished."""
-        self._client.set_terminated(self.identity)
+    def close(self, state: State) -> None:
+        """Mark the run with how it ended."""
+        self._client.set_terminated(self.identity, _ENDED[state])
 
 
 def problems(names: Iterable[str]) -> list[Problem]:

@@ -115,7 +115,7 @@ class SequentialTrainer:
         self.prepare(tasks)
         self.run.encodings.check()
         state = self.position
-        with contextlib.closing(self.observer), stop_on_signal(self._request_stop):
+        with self.observer, stop_on_signal(self._request_stop):
             if self.config.eval.initial and not self._initial_done:
                 self._score(lambda scores: scores.initial, "before training", range(len(self.scored)))
                 self._initial_done = True

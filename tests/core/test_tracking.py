@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -98,6 +99,36 @@ def test_mlflow_gets_every_number_in_plain_files_and_goes_on_in_the_same_run(vis
     run(resolve.validate(config))
     experiment = client.get_experiment_by_name("clkit")
     assert len(client.search_runs([experiment.experiment_id])) == 1
+
+
+def test_mlflow_and_wandb_say_how_a_run_ended_and_that_it_goes_on(vision_content, monkeypatch):
+    mlflow, wandb = pytest.importorskip("mlflow"), pytest.importorskip("wandb")
+    from clkit.strategy import Strategy
+
+    config, codes, seen = resolve.validate(content(vision_content, ["mlflow", "wandb"])), [], []
+    finish = wandb.Run.finish
+    monkeypatch.setattr(
+        wandb.Run, "finish", lambda run, exit_code=None: (codes.append(exit_code), finish(run, exit_code))
+    )
+
+    def status():
+        identity = json.loads((config_dir / "tracking.json").read_text())["mlflow"]
+        return mlflow.MlflowClient((config_dir / "mlruns").as_uri()).get_run(identity).info.status
+
+    config_dir = Path(config.output_dir)
+    for error in (MemoryError, KeyboardInterrupt):
+
+        def end_task(self, task, error=error):
+            seen.append(status())
+            raise error
+
+        with monkeypatch.context() as patched, pytest.raises(error):
+            patched.setattr(Strategy, "end_task", end_task)
+            run(config)
+        seen.append(status())
+    run(config)
+    assert [*seen, status()] == ["RUNNING", "FAILED", "RUNNING", "KILLED", "FINISHED"]
+    assert codes == [1, 1, 0]
 
 
 def test_mlflow_takes_tasks_of_any_name_and_a_run_that_starts_afresh(text_content, tmp_path):
