@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from clkit.metrics.comparison import estimate
 from clkit.metrics.comparison import front as unbeaten
 from clkit.metrics.continual import DEFINITIONS
-from clkit.report.figures import GRID, INK, MUTED, SERIES, Drawing, axis, shortened, styles
+from clkit.report.figures import GRID, INK, MUTED, SERIES, Drawing, axis, plain, shortened, styles
 from clkit.report.history import History
 from clkit.result import RunResult
 
@@ -309,7 +309,7 @@ def _multiple(axes: Any, lines: Sequence[tuple[str, NDArray[np.float64]]], which
 
 
 def _means(axes: Any, groups: Sequence[Group], key: str) -> None:
-    labels = shortened([g.label for g in groups], 24)
+    labels = [plain(label) for label in shortened([g.label for g in groups], 24)]
     for i, group in enumerate(groups):
         values, found = group.values(key), interval(group.values(key))
         if found is None:
@@ -325,7 +325,7 @@ def _paired(axes: Any, rows: Sequence[tuple[str, Interval]], key: str) -> None:
     axes.axvline(0, color=MUTED, linewidth=1)
     for i, (_, found) in enumerate(rows):
         axes.errorbar(found.mean, i, xerr=found.half, fmt="D", color=SERIES[0], markersize=5, capsize=3)
-    axes.set_yticks(range(len(rows)), shortened([label for label, _ in rows], 24))
+    axes.set_yticks(range(len(rows)), [plain(label) for label in shortened([label for label, _ in rows], 24)])
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axis(axes, f"difference in {key.replace('_', ' ')}", "setting")
 
@@ -340,7 +340,7 @@ def _pareto(axes: Any, points: Sequence[tuple[str, list[float], list[float]]], l
     for i, ((_, x, y), style) in enumerate(zip(known, styles(len(known)), strict=True)):
         axes.plot(x, y, "o", color=style["color"], markersize=6, zorder=2)
         axes.annotate(str(i + 1), (x, y), xytext=(0, 5), textcoords="offset points", ha="center", fontsize=8, color=INK)
-    names = [f"{i + 1} {name}" for i, name in enumerate(shortened([k[0] for k in known], 22))]
+    names = [plain(f"{i + 1} {name}") for i, name in enumerate(shortened([k[0] for k in known], 22))]
     axes.margins(0.15)
     spread = [x for _, x, _ in known]
     if max(spread) - min(spread) < 0.01 * abs(max(spread)):  # as good as equal: the axis says so, without an offset

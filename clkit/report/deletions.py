@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from clkit.report.figures import MUTED, SERIES, Drawing, axis, legend_below, shortened, styles
+from clkit.report.figures import MUTED, SERIES, Drawing, axis, legend_below, plain, shortened, styles
 from clkit.unlearning.ledger import CERTIFICATE, FILE, Ledger, find_folder
 
 _SIDES = {"forgotten": "forgotten", "retained": "retained", "never_seen": "never seen"}
@@ -145,7 +145,8 @@ def _pairs(axes: Any, pairs: Pairs, label: str, of: str) -> None:
         axes.plot([before, after], [y, y], color=MUTED, linewidth=1.2, zorder=1)
         axes.plot([before], [y], "o", color=SERIES[0], fillstyle="none", label="before" if y == 0 else None)
         axes.plot([after], [y], "o", color=SERIES[1], label="after" if y == 0 else None)
-    shown = zip(shortened(list(pairs)), pairs.values(), strict=True)
+    names = [plain(name) for name in shortened(list(pairs))]
+    shown = zip(names, pairs.values(), strict=True)
     axes.set_yticks(range(len(pairs)), [f"{name}\n{before:.3f} \u2192 {after:.3f}" for name, (before, after) in shown])
     axes.set_ylim(len(pairs) - 0.5, -0.5)
     if all(0 <= value <= 1 for pair in pairs.values() for value in pair):

@@ -78,7 +78,7 @@ class Drawing:
             axes = made.subplots()
             self.draw(axes)
             # Above the whole figure: a title above the axes has no room to the right of long labels.
-            made.suptitle(self.title, x=0.01, ha="left")
+            made.suptitle(plain(self.title), x=0.01, ha="left")
         return made
 
     def svg(self, prefix: str) -> str:
@@ -160,7 +160,7 @@ def legend_below(axes: Any, count: int, most: int = 4) -> None:
     """
     if count > 1:
         handles, labels = axes.get_legend_handles_labels()
-        names = shortened(labels, 22 if len(labels) <= 8 else 11)
+        names = [plain(name) for name in shortened(labels, 22 if len(labels) <= 8 else 11)]
         most = max(1, min(most, _LEGEND // (max(map(len, names), default=0) + 6)))
         columns = min(most, -(-count // -(-count // most)))
         # Matplotlib fills column after column.
@@ -173,10 +173,28 @@ def legend_below(axes: Any, count: int, most: int = 4) -> None:
 
 def axis(axes: Any, x: str, y: str) -> None:
     """Name both axes; what is counted along x has whole numbers."""
-    axes.set_xlabel(x)
-    axes.set_ylabel(y)
+    axes.set_xlabel(plain(x))
+    axes.set_ylabel(plain(y))
     if x in ("optimiser steps", "edits"):
         axes.xaxis.get_major_locator().set_params(integer=True)
+
+
+def plain(text: str) -> str:
+    r"""A text that Matplotlib writes as it is: to it, what stands between two dollar signs is a formula.
+
+    >>> plain("$10-$20")
+    '\\$10-\\$20'
+    """
+    return text.replace("$", r"\$")
+
+
+def in_legend(name: str) -> str:
+    """A name that a legend shows: Matplotlib leaves out those that begin with an underscore.
+
+    >>> in_legend("_b"), in_legend("b")
+    (' _b', 'b')
+    """
+    return f" {name}" if name.startswith("_") else name
 
 
 def shortened(names: Sequence[str], length: int = 14) -> list[str]:

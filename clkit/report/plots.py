@@ -8,7 +8,19 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from clkit.report.figures import GRID, INK, MUTED, SERIES, Drawing, axis, legend_below, shortened, styles
+from clkit.report.figures import (
+    GRID,
+    INK,
+    MUTED,
+    SERIES,
+    Drawing,
+    axis,
+    in_legend,
+    legend_below,
+    plain,
+    shortened,
+    styles,
+)
 from clkit.report.history import History, Series
 
 if TYPE_CHECKING:
@@ -119,13 +131,14 @@ def matrix(axes: Any, result: RunResult) -> None:
 
     names = [*result.tasks, *result.holdout]
     rows = np.vstack([result.initial, result.matrix])
-    labels = ["before training", *(f"after {t}" for t in shortened(result.tasks))]
+    labels = ["before training", *(plain(f"after {t}") for t in shortened(result.tasks))]
     if np.isnan(result.initial).all():
         rows, labels = rows[1:], labels[1:]
     shown = shades(rows, result.higher_is_better)
     colours = LinearSegmentedColormap.from_list("clkit", ["#f1f6fb", SERIES[0]])
     axes.imshow(shown, cmap=colours, vmin=0, vmax=1, aspect="auto")
-    axes.set_xticks(range(len(names)), shortened(names), rotation=30 if len(names) > 4 else 0, ha="center")
+    shown_names = [plain(name) for name in shortened(names)]
+    axes.set_xticks(range(len(names)), shown_names, rotation=30 if len(names) > 4 else 0, ha="center")
     axes.set_yticks(range(len(labels)), labels)
     axes.grid(False)
     for (i, j), value in np.ndenumerate(rows):
@@ -163,7 +176,7 @@ def scores(axes: Any, result: RunResult, history: History) -> None:
             column = [result.initial[j], *result.matrix[:, j]]
             points = [(k, v) for k, v in enumerate(column) if not np.isnan(v)]
         if points:
-            axes.plot(*zip(*points, strict=True), marker="o", label=name, **style)
+            axes.plot(*zip(*points, strict=True), marker="o", label=in_legend(name), **style)
     _boundaries(axes, history)
     kinds = dict.fromkeys(result.task_metrics)
     axis(axes, "optimiser steps" if history.scores else "tasks learned", ", ".join(kinds))
@@ -175,7 +188,7 @@ def scores(axes: Any, result: RunResult, history: History) -> None:
 def forgetting(axes: Any, result: RunResult) -> None:
     """A bar per task that could be forgotten."""
     rows = [row for row in result.metrics["per_task"] if row["forgetting"] is not None]
-    names = shortened([result.tasks[row["task"]] for row in rows])
+    names = [plain(name) for name in shortened([result.tasks[row["task"]] for row in rows])]
     values = [row["forgetting"] for row in rows]
     bars = axes.barh(names, values, color=[SERIES[1] if v > 0 else SERIES[2] for v in values], height=0.6)
     axes.bar_label(
@@ -193,7 +206,7 @@ def curves(axes: Any, series: dict[str, Series], history: History, label: str) -
     """A line per series over optimiser steps."""
     for (name, points), style in zip(series.items(), styles(len(series)), strict=True):
         steps, values = zip(*thinned(points), strict=True)
-        axes.plot(steps, values, label=name, marker="o" if len(points) < 12 else None, **style)
+        axes.plot(steps, values, label=in_legend(name), marker="o" if len(points) < 12 else None, **style)
     everything = [v for points in series.values() for _, v in points]
     if min(everything) > 0 and max(everything) > 20 * min(everything):
         axes.set_yscale("log")
