@@ -74,6 +74,8 @@ class SequentialTrainer:
         progress: Progress | None = None,
     ) -> None:
         self.model, self.strategy, self.config = coerce(model, strategy, config)
+        named = ("tasks", "model") if isinstance(config, RunConfig) else config or ()
+        self._made = {f"{part}_from": "python" for part in ("tasks", "model") if part not in named}
         self.engine = engine or LocalEngine(EngineConfig())
         if isinstance(directory, (str, Path)):
             directory = run_directory(directory, self.config.checkpoint.keep, self.engine.is_main)
@@ -102,7 +104,7 @@ class SequentialTrainer:
         if self.directory is None:
             return self._fit(tasks)
         with self.directory.locked():
-            self.directory.begin(to_dict(self.config), collect(tasks) | forgotten.facts())
+            self.directory.begin(to_dict(self.config), collect(tasks) | self._made | forgotten.facts())
             if self.directory.finished:
                 return RunResult.load(self.directory.path)
             with self.directory.recording_failure():

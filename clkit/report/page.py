@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from markupsafe import Markup
 
 _CARDS = ("average_accuracy", "forgetting", "bwt", "learning_accuracy")
+_MADE = "a model made in Python"
 _OPEN = 4  # so many runs have their sections open from the start
 
 
@@ -210,6 +211,7 @@ def _run(entry: comparison.Entry, name: str, told: str, alone: bool) -> dict[str
     directory = RunDirectory(result.run_dir) if result.run_dir is not None else None
     config = directory.path / "config.yaml" if directory is not None else None
     edits = Edits.of_run(directory.path, history) if directory is not None else None
+    facts = (directory.read("run.json") or {}) if directory is not None else {}
     drawings = plots.drawings(result, history, name)
     if edits is not None:
         drawings += edits.drawings(name)
@@ -232,15 +234,16 @@ def _run(entry: comparison.Entry, name: str, told: str, alone: bool) -> dict[str
         "history": history,
         "final_model": _final_model(result, history),
         "strategy": entry.config.get("strategy", {}).get("name", ""),
-        "model": entry.config.get("model", {}).get("name", ""),
+        "model": _MADE if _made(facts, "model") else entry.config.get("model", {}).get("name", ""),
         "seed": entry.config.get("seed", ""),
         "told": _tasks_told(result.tasks, history.start.get("holds")),
         "samples": (directory.read("samples.json") or {}) if directory else {},
         "status": (directory.read("status.json") or {}) if directory else {},
-        "facts": (directory.read("run.json") or {}) if directory else {},
+        "facts": facts,
         "config": config.read_text(encoding="utf-8") if config is not None and config.exists() else "",
         "where": str(result.run_dir) if result.run_dir else "",
         "again": _again(result.run_dir) if result.run_dir else "",
+        "elsewhere": _elsewhere(facts),
         "snippet": result.snippet,
         "edits": edits,
         "edited": edits.means if edits is not None else {},
@@ -252,6 +255,21 @@ def _run(entry: comparison.Entry, name: str, told: str, alone: bool) -> dict[str
 def _again(run_dir: Path) -> str:
     """The command that repeats a run, as a shell takes it."""
     return shlex.join(["clkit", "run", f"{run_dir}/config.yaml", f"output_dir={run_dir}-again"])
+
+
+def _made(facts: dict[str, Any], part: str) -> bool:
+    """Whether the tasks, the model or the strategy of a run were made in Python: its configuration lacks them."""
+    return facts.get(f"{part}_from") == "python"
+
+
+def _elsewhere(facts: dict[str, Any]) -> str:
+    """Why no command repeats a run; empty where one does."""
+    if parts := [f"its {part}" for part in ("tasks", "model") if _made(facts, part)]:
+        was = "were" if "its tasks" in parts else "was"
+        return f"No command does: {' and '.join(parts)} {was} made in Python. Repeat the call with another output_dir."
+    if _made(facts, "strategy"):
+        return "No command does: it began with the weights of another run. Repeat the deletion request on that one."
+    return ""
 
 
 def _tasks_told(tasks: Sequence[str], holds: Sequence[dict[str, Any]] | None) -> str:
