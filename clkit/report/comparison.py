@@ -214,7 +214,10 @@ def fronts(groups: Sequence[Group]) -> list[Drawing]:
         )
     spent = [(g.label, [e.memory for e in g.entries if e.memory is not None]) for g in groups]
     unit, size = _unit([m for _, memory in spent for m in memory])
-    if up and sum(bool(memory) for _, memory in spent) > 1:
+    if (
+        up
+        and sum(bool(memory and g.values("average_accuracy")) for (_, memory), g in zip(spent, groups, strict=True)) > 1
+    ):
         found.append(
             Drawing(
                 "compare-pareto-memory",
@@ -300,9 +303,10 @@ def _multiple(axes: Any, lines: Sequence[tuple[str, NDArray[np.float64]]], which
             half = np.array([(f.half or 0.0) if f is not None else 0.0 for f in found])
             axes.fill_between(steps[kept], mean - half, mean + half, color=SERIES[0], alpha=0.18, linewidth=0)
     means = np.concatenate([rows.mean(axis=0) for _, rows in lines])
-    low, high = float(np.nanmin(means)), float(np.nanmax(means))
-    pad = 0.15 * (high - low) or 0.05
-    axes.set_ylim(low - pad, high + pad)  # the same in all; a wide band is cut off rather than flatten the lines
+    if len(known := means[~np.isnan(means)]):  # all is unknown where every model diverged
+        low, high = float(known.min()), float(known.max())
+        pad = 0.15 * (high - low) or 0.05
+        axes.set_ylim(low - pad, high + pad)  # the same in all; a wide band is cut off rather than flatten the lines
     longest = max(rows.shape[1] for _, rows in lines)
     axes.set_xticks(np.arange(1, longest + 1, -(-longest // 10)))
     axis(axes, "tasks learned", "mean score, seen tasks")

@@ -315,13 +315,16 @@ def _table(result: RunResult, scores: Scores) -> dict[str, Any]:
 
 
 def load(paths: Sequence[Path]) -> tuple[list[RunResult], list[Edits]]:
-    """Finished runs and directories of edits.
+    """Finished runs and directories of edits, each once, however often it is named.
 
     Raises:
         CheckpointError: a directory is neither.
     """
     results, edits = [], []
+    once: dict[Path, Path] = {}
     for path in paths:
+        once.setdefault(path.resolve(), path)
+    for path in once.values():
         found = Edits.read(path)
         if found is not None:
             edits.append(found)

@@ -7,8 +7,10 @@ import re
 import shutil
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
+from clkit.cli import main
 from clkit.report import load, render
 from clkit.result import RunResult
 
@@ -58,3 +60,22 @@ def test_settings_with_dollar_signs_are_compared(runs, run_dir):
     assert {"a $x$", "b $x"} <= set(drawn["compare-average_accuracy"])
     assert {"1 a $x$", "2 b $x"} <= set(drawn["compare-pareto-forgetting"])
     assert "b $x" in drawn["compare-setting-2"] and "b $x" in drawn["compare-paired-forgetting"]
+
+
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+def test_runs_that_are_all_unknown_are_compared(runs):
+    results = [RunResult.load(run) for run in runs[:2]]
+    for result in results:
+        result.matrix[:] = np.inf
+        result.metrics = {}
+    assert "2 runs of 2 settings" in render(results)[0]
+    result = RunResult.load(runs[2])  # one of two seeds: the mean of its setting is unknown after every task
+    assert "2 runs of 1 settings" in render([results[0], result])[0]
+
+
+def test_a_run_that_is_named_twice_counts_once(runs, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(runs[0].parent)
+    assert main(["report", runs[2].name, "--sweep", ".", "--output", str(tmp_path / "r.html"), "--no-figures"]) == 0
+    page = (tmp_path / "r.html").read_text()
+    assert "4 runs of 2 settings" in page
+    assert [r.run_dir.name for r in load([runs[1], runs[0], runs[1]])[0]] == [runs[1].name, runs[0].name]
