@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +15,7 @@ from clkit.errors import CapabilityError, DataError, Problem
 from clkit.evaluation.base import Detail, Scorer, Scoring
 from clkit.evaluation.options import gold_option
 from clkit.metrics.text import exact_match, rouge_l, tolerant_match
+from clkit.models.encoded_text import EncodedText
 from clkit.tasks.base import TextRecord
 
 
@@ -20,11 +23,16 @@ class Generated(Scorer):
     """A score of the text that the model writes after the prompt, up to ``max_new_tokens`` tokens."""
 
     kinds = frozenset({"text"})
+    whole: ClassVar[bool] = True  # whether all of the reference counts, to its end
 
     def check(self, scoring: Scoring) -> None:
-        """The model must be able to write."""
+        """The model must be able to write; that it may not write enough for some of the answers is said."""
         if not hasattr(scoring.model, "generate"):
             raise CapabilityError(f"metric '{self.name}' needs a language model; '{scoring.model.name}' writes no text")
+        if self.whole and isinstance(scoring.encoded, EncodedText):
+            lengths, limit = scoring.encoded.answer_lengths, scoring.options.max_new_tokens
+            if cut := int((lengths > limit).sum()):
+                say_cut(scoring.task.name, f"{cut} of {len(lengths)}", limit, int(lengths.max()))
 
     def cost(self, scoring: Scoring) -> NDArray[np.int64]:
         """Tokens of the prompt and of the longest answer allowed."""
@@ -47,6 +55,19 @@ class Generated(Scorer):
         """Score one answer."""
 
 
+@functools.cache
+def say_cut(task: str, how_many: str, limit: int, longest: int) -> None:
+    """Say once that answers are cut before the reference ends, so that they can't equal it."""
+    logging.getLogger(__name__).warning(
+        "Task '%s': %s answers are longer than `eval.max_new_tokens` (%d), so what the model writes is cut before they "
+        "end; set it to %d for the longest.",
+        task,
+        how_many,
+        limit,
+        longest,
+    )
+
+
 class ExactMatch(Generated):
     """Share of answers that equal the reference character by character, white space at the ends aside."""
 
@@ -62,6 +83,7 @@ class TolerantMatch(Generated):
     """Share of answers that give the reference, format aside; of a record with options, that name the right one."""
 
     name = "tolerant-match"
+    whole = False
 
     def check(self, scoring: Scoring) -> None:
         """Where there are options, one of them must be right."""

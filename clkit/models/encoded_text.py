@@ -24,6 +24,9 @@ class EncodedText(Encoded):
         form: how prompts are shown.
         max_length: tokens per example, EOS included.
 
+    Attributes:
+        answer_lengths: LongTensor (N,), tokens of each reference answer without EOS.
+
     Raises:
         DataError: an answer (with the template around its prompt) does not fit; every such record is listed.
     """
@@ -53,6 +56,7 @@ class EncodedText(Encoded):
         self._lengths = torch.from_numpy(self.lengths)
         self._starts = self._lengths.cumsum(0) - self._lengths
         self._first = self._lengths - answers - 1
+        self.answer_lengths = answers
 
     def answer(self, i: int) -> str:
         """The reference answer of record ``i``."""

@@ -119,6 +119,14 @@ class TestGeneration:
         task = with_records(text_task("exact-match"), record(answer="print ( x , y ) ."))
         assert run(lm, task, "exact-match").value == 1
 
+    def test_answers_that_are_cut_before_their_reference_ends_are_told_once(self, lm, caplog):
+        task = with_records(text_task("exact-match"), record(), record(id="2", answer="b" * 40))
+        for limit in (40, 39, 39):
+            run(lm, task, "exact-match", max_new_tokens=limit)
+        said = [r.getMessage() for r in caplog.records if "max_new_tokens" in r.getMessage()]
+        assert len(said) == 1 and said[0].startswith("Task 'colours': 1 of 2 answers are longer than")
+        assert "(39)" in said[0] and "set it to 40" in said[0]
+
     def test_rouge_has_f1_as_value_and_precision_and_recall_beside_it(self, lm, monkeypatch):
         monkeypatch.setattr(CausalLM, "generate", lambda *_: ["the cat sat"])
         task = with_records(text_task("rouge-l"), record(answer="the cat sat on mats"))
