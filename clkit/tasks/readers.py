@@ -61,7 +61,7 @@ def _json_lines(path: Path, text: str, problems: list[Problem]) -> list[Row]:
             continue
         where = f"{path}:{number}"
         try:
-            value = json.loads(line)
+            value = _DECODER.decode(line)
         except (ValueError, RecursionError) as error:
             problems.append(Problem(where, f"not valid JSON: {json_reason(error)}"))
         else:
@@ -101,7 +101,14 @@ def _is_one_object(text: str) -> bool:
 
 def _elements(text: str) -> Iterator[tuple[int, Any]]:
     """The elements of a JSON array with their offsets, which ``json.loads`` does not tell."""
-    decode = json.JSONDecoder().raw_decode
+
+    def decode(at: int) -> tuple[Any, int]:
+        try:
+            return _DECODER.raw_decode(text, at)
+        except json.JSONDecodeError:
+            raise
+        except ValueError as error:  # which does not say where
+            raise json.JSONDecodeError(str(error), text, at) from error
 
     def skip(at: int) -> int:
         while at < len(text) and text[at] in " \t\r\n":
@@ -111,7 +118,7 @@ def _elements(text: str) -> Iterator[tuple[int, Any]]:
     at = skip(skip(0) + 1)
     if text[at : at + 1] != "]":
         while True:
-            value, end = decode(text, at)
+            value, end = decode(at)
             yield at, value
             at = skip(end)
             if text[at : at + 1] != ",":
@@ -122,6 +129,19 @@ def _elements(text: str) -> Iterator[tuple[int, Any]]:
     at = skip(at + 1)
     if at < len(text):
         raise json.JSONDecodeError("more text after the array", text, at)
+
+
+def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, of which ``json`` itself would silently keep the last value of a key."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"an object has the key '{twice}' more than once")
+    return found
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_each_key_once)
 
 
 def json_reason(error: Exception) -> str:

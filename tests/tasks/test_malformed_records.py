@@ -27,6 +27,7 @@ def problems_of(files: list[Path], **config: object) -> list[str]:
     [
         ('{"prompt": "p", "answer": }', "not valid JSON: Expecting value at column 27"),
         ('{"prompt": "p", "answer": "a"', "not valid JSON"),
+        ('{"prompt": "p", "prompt": "q", "answer": "a"}', "an object has the key 'prompt' more than once"),
         ("[" * 100_000, "not valid JSON: nested too deeply"),
         ('{"prompt": "p", "answer": ' + "9" * 5000 + "}", "not valid JSON: Exceeds the limit"),
         ('["p", "a"]', "not a JSON object (got list)"),
@@ -51,6 +52,14 @@ def test_a_bad_line_is_named_with_its_file_line_and_reason(tmp_path, line, what)
     file.write_text(f"{GOOD}\n\n{line}\n{GOOD}\n")
     found = problems_of([file], max_chars=50)
     assert len(found) == 1 and found[0].startswith("x.jsonl:3: ") and what in found[0]
+
+
+def test_a_bad_element_of_an_array_is_named_with_its_own_line(tmp_path):
+    file = tmp_path / "x.json"
+    file.write_text(f'[{GOOD},\n\n{{"prompt": "p", "answer": "a", "answer": "b"}}]')
+    assert problems_of([file]) == [
+        "x.json:3: not valid JSON: an object has the key 'answer' more than once at column 1"
+    ]
 
 
 def test_all_problems_of_all_files_come_in_one_error_with_twenty_shown(tmp_path):
