@@ -24,7 +24,7 @@ _LAZY = {
     "EditRequest": "clkit.editing.request",
     "ClkitError": "clkit.errors",
 }
-_MODULES = ("analysis",)
+_MODULES = ("analysis", "editing", "metrics", "models", "tasks")
 
 __all__ = [
     "ClkitError",
@@ -37,13 +37,17 @@ __all__ = [
     "Task",
     "TaskSequence",
     "analysis",
+    "editing",
     "fit",
+    "metrics",
+    "models",
     "open_run",
     "run",
+    "tasks",
 ]
 
 if TYPE_CHECKING:
-    from clkit import analysis
+    from clkit import analysis, editing, metrics, models, tasks
     from clkit.api import fit, open_run, run
     from clkit.config import RunConfig
     from clkit.editing.editor import Editor

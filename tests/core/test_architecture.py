@@ -92,6 +92,15 @@ def test_help_and_listings_import_nothing_heavy(arguments):
     assert not set(json.loads(done.stdout.splitlines()[-1])) & HEAVY
 
 
+def test_what_pages_and_errors_name_is_there_after_import_clkit_alone():
+    code = (
+        "import sys, clkit\nassert not {'torch', 'numpy'} & set(sys.modules)\n"
+        "print([clkit.metrics.continual.summarize, clkit.models.wrap, clkit.tasks.build_tasks, clkit.editing.attach])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_help_and_listings_take_at_most_ten_times_an_empty_python():
     def seconds(*arguments: str) -> float:
         since = time.perf_counter()
