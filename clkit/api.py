@@ -139,7 +139,7 @@ def run(
         progress.say(f"{left_out} records are left out, because deletion requests took them out")
     strategy = strategy or build.make_strategy(config.strategy)
     directory = run_directory(config.output_dir, config.checkpoint.keep, launch.rank() == 0)
-    finished = directory.finished and not fresh
+    finished = not fresh and directory.finished  # with --fresh what is damaged there does not matter
     engine = None if finished else build.check(config, tasks, strategy.capabilities)
     with directory.locked():
         if fresh:
@@ -279,5 +279,7 @@ def open_run(
         trainer = SequentialTrainer(model, build.make_strategy(config.strategy), config, engine=engine)
         trainer.directory = directory
         if not trainer.prepare(tasks, read_only=True):
-            raise CheckpointError(f"{path}: no checkpoint yet. Run the same command again to go on.")
+            gone = f"its checkpoints are gone; what it exported is in {path / 'export'}. Make them with --fresh."
+            how = gone if directory.finished else "no checkpoint yet. Run the same command again to go on."
+            raise CheckpointError(f"{path}: {how}")
         yield trainer

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -159,3 +160,20 @@ def test_a_task_without_evaluation_examples_is_found_before_training(digits, tmp
     with pytest.raises(DataError, match="'empty' has no evaluation examples"):
         clkit.fit(network(), clkit.TaskSequence([empty]), output_dir=tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_fresh_starts_again_where_the_status_of_the_run_before_is_damaged(digits, tmp_path):
+    options = {"tasks": digits, "output_dir": tmp_path / "run", "train.epochs": 1}
+    clkit.fit(network(), **options)
+    (tmp_path / "run" / "status.json").write_text("{")
+    with pytest.raises(CheckpointError, match="start again with --fresh"):
+        clkit.fit(network(), **options)
+    assert clkit.fit(network(), fresh=True, **options).metrics["average_accuracy"] is not None
+
+
+def test_a_finished_run_without_its_checkpoints_is_not_told_to_go_on(digits, tmp_path):
+    clkit.fit(network(), digits, output_dir=tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    gone = pytest.raises(CheckpointError, match="its checkpoints are gone; what it exported is in .*export")
+    with gone, api.open_run(tmp_path / "run", digits, network()):
+        pass
