@@ -148,6 +148,11 @@ class FeatureStrategy(Strategy, ABC):
     def solve(self) -> tuple[Tensor, Tensor]:
         """Weight (C, W) and bias (C,) of the head, from the statistics; both float64."""
 
+    @classmethod
+    def trained(cls, sizes: Mapping[str, int]) -> int | None:
+        """Nothing: the head is solved."""
+        return 0
+
     def width(self, in_features: int) -> int:
         """W for features of length D."""
         return in_features

@@ -54,15 +54,21 @@ def _memory(config: RunConfig, tasks: TaskSequence, device: torch.device, edits:
     if sizes is None:
         return [f"  model {config.model.name}: its size is known once it is fetched"]
     states = _GRADIENT_BYTES + (_SGD_BYTES if config.train.optimizer == "sgd" else _ADAM_BYTES)
-    memory = sizes["weight_bytes"] + states * sizes["trainable"]
     if edits:  # the weights stay as they are, and what is learned is small beside them
         return [
             f"  model {config.model.name}: {sizes['parameters']:,} parameters, none of them trained",
             f"  about {sizes['weight_bytes'] / 2**20:,.0f} MiB for weights, and edits and activations on top",
         ]
-    share = sizes["trainable"] / max(1, sizes["parameters"])
+    trained = STRATEGIES.get(config.strategy.name).trained(sizes)
+    head = f"  model {config.model.name}: {sizes['parameters']:,} parameters, "
+    if trained is None:
+        return [
+            f"{head}to which strategy {config.strategy.name} adds; it decides what is trained",
+            f"  about {sizes['weight_bytes'] / 2**20:,.0f} MiB for weights, and what is added and activations on top",
+        ]
+    share = trained / max(1, sizes["parameters"])
+    memory = sizes["weight_bytes"] + states * trained
     return [
-        f"  model {config.model.name}: {sizes['parameters']:,} parameters, "
-        f"{sizes['trainable']:,} trained ({share:.2%})",
+        f"{head}{trained:,} trained ({share:.2%})",
         f"  about {memory / 2**20:,.0f} MiB for weights, gradients and optimiser, and activations on top",
     ]

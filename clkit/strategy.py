@@ -166,6 +166,15 @@ class Strategy(ABC):
         """
         return 0
 
+    @classmethod
+    def trained(cls, sizes: Mapping[str, int]) -> int | None:
+        """How many parameters are trained at once, for ``clkit validate``; None where only its set-up can tell.
+
+        Args:
+            sizes: of the model as it is loaded: ``parameters``, and ``trainable`` of them.
+        """
+        return sizes["trainable"]
+
     # --- set-up -----------------------------------------------------------------------------------------------------
     def setup(self, run: RunContext) -> None:
         """Attach adapters, build heads, declare what is trained. Called once per process, also before a resume.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,6 +44,11 @@ class OSF(Strategy):
 
     config_class = OSFConfig
     capabilities = Capabilities(kinds=frozenset({"text"}))
+
+    @classmethod
+    def trained(cls, sizes: Mapping[str, int]) -> int | None:
+        """Its own: parts of decompositions, in the place of an adapter."""
+        return None
 
     def setup(self, run: RunContext) -> None:
         """Put OSF in the place of the model's LoRA adapter, if it has one.

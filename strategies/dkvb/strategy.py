@@ -61,6 +61,11 @@ class DKVB(Strategy):
                 problems += [Problem("strategy.key_tasks", p.what) for p in error.problems]
         return problems
 
+    @classmethod
+    def trained(cls, sizes: Mapping[str, int]) -> int | None:
+        """Its own: values, and not the classifier's own head."""
+        return None
+
     # --- set-up -----------------------------------------------------------------------------------------------------
     def setup(self, run: RunContext) -> None:
         """Put the bottleneck in the place of the classifier's head.

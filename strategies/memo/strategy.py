@@ -86,6 +86,11 @@ class Memo(ExemplarMeans):
         """A block for every task after the first, at most as large as the whole network."""
         return (tasks - 1) * sizes["weight_bytes"]
 
+    @classmethod
+    def trained(cls, sizes: Mapping[str, int]) -> int | None:
+        """Its own: the network grows."""
+        return None
+
     # --- set-up -----------------------------------------------------------------------------------------------------
     def setup(self, run: RunContext) -> None:
         """Cut the backbone and empty the head.

@@ -10,6 +10,8 @@ from clkit import api, build, resolve
 from clkit.checkpoint import pack, unpack
 from clkit.errors import CapabilityError
 from clkit.loop import StepLoop
+from clkit.models import estimate
+from clkit.plan import describe
 from clkit.registry import STRATEGIES
 from clkit.result import RunResult
 from clkit.trainer import SequentialTrainer
@@ -84,6 +86,20 @@ def test_it_trains_and_measures_what_its_definition_says(name, world, content):
     assert all(not np.isnan(result.matrix[s, : s + 1]).any() for s in trained)
     assert result.metrics["average_accuracy"] == pytest.approx(result.matrix[-1].mean())
     assert RunResult.load(result.run_dir).metrics == result.metrics
+
+
+@pytest.mark.parametrize(("name", "world"), [case for case in CASES if case.values[1] != "edit"])
+def test_validate_tells_how_much_it_trains_or_that_it_can_not_tell(name, world, content):
+    config = resolve.validate(content)
+    tasks = build.make_tasks(config)
+    told = STRATEGIES.get(name).trained(estimate(config.model, build.num_classes(tasks), build.input_shape(tasks)))
+    model = build.make_model(config.model, tasks, config.seed, lambda text: None)
+    trainer = SequentialTrainer(model, build.make_strategy(config.strategy), config)
+    trainer.prepare(tasks)
+    trainer.strategy.begin_task(tasks[0])
+    assert told in (None, trainer.strategy.holds()["trained_parameters"])
+    line = describe(config).splitlines()[-2]
+    assert ("it decides what is trained" if told is None else f" {told:,} trained") in line
 
 
 @pytest.mark.parametrize(("name", "world"), CASES)
