@@ -201,15 +201,18 @@ class Strategy(ABC):
 
     def holds(self) -> dict[str, int]:
         """What the method carries along now: parameters that are trained, exemplars, and their raw bytes."""
-        refs = () if self.buffer is None else self.buffer.refs
         by_task: dict[int, list[int]] = {}
-        for ref in refs:
-            by_task.setdefault(ref.task, []).append(ref.index)
+        for task, index in sorted(self.exemplars()):
+            by_task.setdefault(task, []).append(index)
         return {
             "trained_parameters": sum(true_shape(p).numel() for p in self.parameters()),
-            "exemplars": len(refs),
+            "exemplars": sum(map(len, by_task.values())),
             "exemplar_bytes": sum(held_bytes(self.run.tasks[t].train, some) for t, some in by_task.items()),
         }
+
+    def exemplars(self) -> set[tuple[int, int]]:
+        """The training examples that it keeps, each as the index of its task and its own there: the buffer's."""
+        return {(ref.task, ref.index) for ref in (() if self.buffer is None else self.buffer.refs)}
 
     # --- one task ---------------------------------------------------------------------------------------------------
     def training_set(self, stage: int) -> Sequence[int]:

@@ -63,6 +63,15 @@ def encode(value: Any) -> Any:
     raise CheckpointError(f"the plug-in's state holds a {name}, which can't be saved; use another version of Avalanche")
 
 
+def examples_of(encoded: Any) -> list[int]:
+    """The numbers of all examples in what :func:`encode` gave; some may occur more than once."""
+    if isinstance(encoded, dict):
+        if encoded.get(_KIND) == "examples":
+            return [int(n) for n in encoded["numbers"]]
+        encoded = list(encoded.values())
+    return [n for v in encoded for n in examples_of(v)] if isinstance(encoded, list) else []
+
+
 def decode(value: Any, agent: Any, snapshot: type) -> Any:
     """Inverse of :func:`encode`.
 

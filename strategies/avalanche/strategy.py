@@ -16,7 +16,7 @@ from clkit.models.seeding import seeded
 from clkit.rng import derive_seed, fresh_generator
 from clkit.strategies.avalanche.agent import Agent, Snapshot, without_deprecations
 from clkit.strategies.avalanche.plugins import OWN_BATCHES, SUPPORTED, make, problems
-from clkit.strategies.avalanche.state import decode, encode, numbers
+from clkit.strategies.avalanche.state import decode, encode, examples_of, numbers
 from clkit.strategy import Losses, RunContext, Strategy
 from clkit.tasks.base import Task
 from clkit.tasks.batch import Batch
@@ -203,7 +203,20 @@ class Avalanche(Strategy):
         self.agent.dataloader = self.agent.adapted_dataset = None
         self._set_draws(0)
 
+    def exemplars(self) -> set[tuple[int, int]]:
+        """Those of the plug-in's memory too."""
+        offsets, found = self.agent.pool.offsets, super().exemplars()
+        held = examples_of(self._plugin_state())
+        held += [n for part in getattr(self.plugin, "memory_x", {}).values() for n in part.tolist()]  # GEM's
+        for number in held:
+            task = int(offsets.searchsorted(number, side="right")) - 1
+            found.add((task, number - int(offsets[task])))
+        return found
+
     # --- state ------------------------------------------------------------------------------------------------------
+    def _plugin_state(self) -> dict[str, Any]:
+        return {name: encode(value) for name, value in vars(self.plugin).items() if name not in _REBUILT}
+
     def _set_draws(self, done: int) -> None:
         """A-GEM's endless loader over its memories, put where it was after ``done`` draws."""
         if self.config.plugin == "agem" and self.plugin.buffers:
@@ -212,10 +225,9 @@ class Avalanche(Strategy):
 
     def state_dict(self) -> dict[str, Any]:
         """The buffer and the plug-in."""
-        plugin = {name: value for name, value in vars(self.plugin).items() if name not in _REBUILT}
         adapted = self._agent.adapted_dataset if self._agent is not None else None
         state = {
-            "plugin": {name: encode(value) for name, value in plugin.items()},
+            "plugin": self._plugin_state(),
             "adapted": None if adapted is None else numbers(adapted),
             "draws": getattr(getattr(self.plugin, "buffer_dliter", None), "count", 0),
         }

@@ -276,6 +276,17 @@ def test_memories_are_numbers_of_examples(tmp_path):
     assert held[0].max() < size <= held[1].min() and held[1].max() < size + len(tasks[1].train)
 
 
+@pytest.mark.parametrize(("plugin", "held"), [("replay", 12), ("gdumb", 12), ("gem", 16), ("agem", 16), ("ewc", 0)])
+def test_what_a_plug_in_remembers_is_told_as_exemplars(plugin, held, tmp_path):
+    own = {"replay": {"size": 5}} if plugin == "ewc" else {}
+    options = {"plugin": plugin, "options": OPTIONS[plugin], **own}
+    trainer, tasks = after_tasks(digits(tmp_path), "avalanche", 2, **options)
+    holds, each = trainer.strategy.holds(), tasks[0].train.inputs[:1].nbytes
+    count = held or 5  # the examples of clkit's own buffer
+    assert (holds["exemplars"], holds["exemplar_bytes"]) == (count, count * each)
+    assert {task for task, _ in trainer.strategy.exemplars()} == {0, 1}
+
+
 def test_a_remainder_class_is_not_dropped(tmp_path):
     given = digits(tmp_path)
     given["tasks"]["classes_per_task"] = 3
