@@ -62,10 +62,13 @@ def main() -> None:
             for config in api.expand(resolve.validate(content, origin=arguments.config), content):
                 here = (Path(config.output_dir) / "metrics.json").exists()
                 if arguments.only in config.name and (here or not arguments.finished):
-                    rows.setdefault(config.name, []).append(one(config))
+                    rows.setdefault(config.name, []).append({"seed": seed, **one(config)})
                     strategies.setdefault(config.strategy.name, [])
                     if config.name not in strategies[config.strategy.name]:
                         strategies[config.strategy.name].append(config.name)
+        if not rows:
+            print(f"{classes} classes per task: no such run" + " is finished" * arguments.finished, flush=True)
+            continue
         print(table(f"{classes} classes per task", rows), flush=True)
         if arguments.curves:
             print(curves(rows), flush=True)
@@ -134,12 +137,16 @@ def picture(path: Path, rows: Rows) -> None:
 
 
 def areas(budgets: Sequence[float], strategies: dict[str, list[str]], rows: Rows) -> str:
-    """Markdown: area under accuracy (a fraction) over MiB, of the strategies with a row for each budget."""
+    """Markdown: area under accuracy (a fraction) over MiB, of the strategies with a row for each budget.
+
+    Only seeds count of which the runs under all budgets are there.
+    """
     lines = [f"\n| strategy, {budgets} MiB | {' | '.join(AREAS.values())} |", "|---" * 3 + "|"]
     for strategy, names in strategies.items():
         if len(names) == len(budgets):
-            seeds = list(zip(*(rows[name] for name in names), strict=False))
-            cells = [spread([budget_auc(budgets, [f[a] for f in seed]) for seed in seeds], 3) for a in AREAS]
+            found = [{f["seed"]: f for f in rows[name]} for name in names]
+            seeds = [seed for seed in found[0] if all(seed in under for under in found)]
+            cells = [spread([budget_auc(budgets, [u[seed][a] for u in found]) for seed in seeds], 3) for a in AREAS]
             lines.append(f"| {strategy} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
