@@ -6,20 +6,24 @@ import dataclasses
 import os
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from clkit import build
 from clkit.checkpoint import digest
 from clkit.engine.guarantee import statement
-from clkit.errors import ClkitError, Problem
+from clkit.errors import ClkitError, Problem, RequestError
 from clkit.progress import Progress
+from clkit.provenance import fingerprints
+from clkit.rundir import RunDirectory
 from clkit.strategies.dp2unlearning import rewritten
 from clkit.strategies.dp2unlearning.base import ProtectedBase, open_base
 from clkit.unlearning.case import Case, Source, open_source
 from clkit.unlearning.certificate import run_files
 from clkit.unlearning.methods import Cost, Method, training_cost
-from clkit.unlearning.records import Place, Record
+from clkit.unlearning.records import Place, Record, records, without
 from clkit.unlearning.tombstones import in_force
 
+_LEFT = "left_of_base"  # in the run.json of a run that served a request
 COMPARED_WITH = (
     "the same two phases run without the forgotten units: protected training, then fine-tuning on the retained "
     "records; not with retraining from the pretrained model, and not with the pretrained model"
@@ -48,9 +52,9 @@ class DP2Unlearning(Method):
             )
             return [Problem("strategy", what)]
         try:
-            base, source = _opened(case)
-            base.weights()
-            _bound(case, base, source)
+            found = _opened(case)
+            found.base.weights()
+            _bound(case, found)
         except ClkitError as error:
             return [Problem("", str(error))]
         return []
@@ -65,8 +69,8 @@ class DP2Unlearning(Method):
 
     def figures(self, case: Case) -> dict[str, Any]:
         """What the protected base's training guarantees about the units that are forgotten of it."""
-        base, source = _opened(case)
-        found = _bound(case, base, source)
+        opened = _opened(case)
+        base, found = opened.base, _bound(case, opened)
         path = os.path.relpath(base.path.absolute(), case.source.path.absolute())
         return found | {
             "compared_with": COMPARED_WITH,
@@ -80,18 +84,58 @@ class DP2Unlearning(Method):
         from clkit import api
 
         api.run(dataclasses.replace(case.config, output_dir=str(directory)), progress=Progress(enabled=False))
+        _remember(case, RunDirectory(directory))
         return directory
 
 
-def _opened(case: Case) -> tuple[ProtectedBase, Source]:
+class _Opened(NamedTuple):
+    """The base, what its files hold of its data, and how many forgotten units were deleted from them already."""
+
+    base: ProtectedBase
+    source: Source
+    deleted: int
+
+
+def _opened(case: Case) -> _Opened:
     base = open_base(Path(case.config.strategy.config.base))
-    return base, open_source(base.path)
+    try:
+        return _Opened(base, open_source(base.path), 0)
+    except RequestError:
+        # What earlier requests took out may be gone from the files, and nothing else.
+        left = case.source.facts.get(_LEFT)
+        if left is None:
+            raise
+        tasks = in_force(case.source.path, case.source.facts).apply(build.make_tasks(base.config))
+        if left["weights"] != digest(base.weights()) or left["data"] != fingerprints(tasks):
+            raise
+        return _Opened(base, Source(base.path, base.config, tasks, base.facts, list(records(tasks))), left["units"])
 
 
-def _bound(case: Case, base: ProtectedBase, source: Source) -> dict[str, Any]:
+def _remember(case: Case, directory: RunDirectory) -> None:
+    """Note in the new run's ``run.json`` what is left of a private base's data, and how many units are not.
+
+    So a later request to that run can be served when the forgotten records were deleted from the files.
+    """
+    base, source, deleted = _opened(case)
+    if base.rewriting is not None:
+        return
+    try:
+        rest = without(source.tasks, _gone(case, base, source))
+    except RequestError:  # it could not be scored without them; it is not trained again, but then its files must stay
+        return
+    left = {
+        "weights": digest(base.weights()),
+        "data": fingerprints(rest),
+        "units": deleted + forgotten_units(case, base, source),
+    }
+    directory.write("run.json", (directory.read("run.json") or {}) | {_LEFT: left})
+
+
+def _bound(case: Case, opened: _Opened) -> dict[str, Any]:
     """The statement about what is forgotten of the base's data."""
+    base, source, deleted = opened
     if base.rewriting is None:
-        return statement(base.privacy, forgotten_units(case, base, source))
+        return statement(base.privacy, deleted + forgotten_units(case, base, source))
     gone = _gone(case, base, source)
     found: dict[str, Any] = rewritten.statement(base.rewriting, [r.id for r in _trained(source) if r.place in gone])
     return found
@@ -103,7 +147,7 @@ def _trained(source: Source) -> list[Record]:
 
 
 def forgotten_units(case: Case, base: ProtectedBase, source: Source) -> int:
-    """How many units of the base's training data are out, by this request and all before it.
+    """How many units of the base's training data in the files are out, by this request and all before it.
 
     A subject of which only a part is out was replaced by a smaller one: it counts twice, as one removed and one added.
     """

@@ -134,6 +134,32 @@ def test_requests_in_sequence_restart_from_the_base_and_bound_all_that_is_forgot
     assert not left & {*first, *second}
 
 
+@pytest.mark.parametrize("unit", ["record", "subject"])
+def test_requests_are_served_from_the_base_when_forgotten_records_are_gone_from_the_files(
+    unit, people_content, tmp_path, write, capsys
+):
+    base = protected(people_content, tmp_path, unit=unit)
+    run_dir = start(people_content, "deployed", tmp_path, strategy={"name": "dp2unlearning", "base": str(base)})
+    (first, *_), second = training_ids(base, PEOPLE[0]), training_ids(base, PEOPLE[3])
+    third = training_ids(base, PEOPLE[2])[:1]
+    for number, (ids, units) in enumerate([([first], [1, 2]), (second, [1 + len(second), 3]), (third, [None, 5])]):
+        assert unlearn(run_dir, write(request({"record_ids": ids}, request_id=f"R-{number}"))) == 0
+        by_request = {content["requests"][0]["request_id"]: (path, content) for path, content in certificates(run_dir)}
+        path, content = by_request[f"R-{number}"]
+        wanted = units[unit == "subject"]
+        assert content["guarantee"]["group"]["units"] == (wanted or 2 + len(second))
+        assert main(["unlearn", "--verify", str(path)]) == 0
+        run_dir = new_run(path, content)
+        for name in people_content["tasks"]["tasks"]:  # as the documents say: delete them from their files
+            lines = Path(name).read_text().splitlines(keepends=True)
+            Path(name).write_text("".join(line for line in lines if json.loads(line)["id"] not in ids))
+    # Any other change of the base's data is one that nobody can count.
+    text = Path(name).read_text()
+    Path(name).write_text(text[: text.rindex("{")])
+    assert unlearn(run_dir, write(request({"record_ids": training_ids(base)[:1]}, request_id="R-9"))) == 2
+    assert "have changed" in capsys.readouterr().err
+
+
 def test_a_subject_counts_once_when_it_is_gone_and_twice_when_a_part_is(people_content, tmp_path, write):
     base = protected(people_content, tmp_path, unit="subject")
     run_dir = start(people_content, "deployed", tmp_path, strategy={"name": "dp2unlearning", "base": str(base)})
