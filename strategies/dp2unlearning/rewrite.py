@@ -9,6 +9,7 @@ Nothing is claimed about a record or a person beyond that.
 from __future__ import annotations
 
 import re
+import unicodedata
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -25,8 +26,8 @@ from clkit.modes import evaluating
 from clkit.rng import derive_seed
 from clkit.unlearning.exponential import ROBERTA_RANGE, probabilities, text_epsilon
 
-# Runs of letters and digits, an apostrophe or a hyphen inside a word included; everything else is copied.
-_WORD = re.compile(r"\w+(?:['’-]\w+)*")
+# Of the kinds of a text's characters (`_kinds`): a word, an apostrophe or a hyphen inside it included.
+_WORD = re.compile("w+(?:-w+)*")
 _TEMPLATE = "Document: {text}\nParaphrase of the document:"
 
 
@@ -131,6 +132,21 @@ class Rewriter(ABC):
         return [_pick(row, self._numbers.random()) for row in chances]
 
 
+def _kinds(text: str) -> str:
+    """A letter for each character: ``w`` is redrawn, ``-`` where it stands within a word, and the rest is copied.
+
+    Redrawn is all but white space and punctuation: also symbols, vowel signs, and accents that are characters.
+    """
+
+    def kind(character: str) -> str:
+        if character in "'’-":
+            return "-"
+        category = unicodedata.category(character)
+        return " " if (category[0] in "PZ" and category != "Pc") or category == "Cc" else "w"
+
+    return "".join(map(kind, text))
+
+
 def _pick(chances: NDArray[np.float64], point: float) -> int:
     total = np.cumsum(chances)
     return int(min(np.searchsorted(total, point * total[-1], side="right"), np.flatnonzero(chances)[-1]))
@@ -172,7 +188,7 @@ class DpMlm(Rewriter):
 
     def rewrite(self, text: str) -> Rewritten:
         """Every word redrawn; what is between words is copied."""
-        words = list(_WORD.finditer(text))
+        words = list(_WORD.finditer(_kinds(text)))
         new: list[str] = []
         for start in range(0, len(words), self._batch):
             drawn = self._draw(self._logits(text, words[start : start + self._batch]), self._low, self._high)

@@ -1,6 +1,7 @@
 """Rewriting with differential privacy: draws have the mechanism's chances, every word is redrawn, claims are counted."""
 
 import collections
+import re
 
 import numpy as np
 import pytest
@@ -67,12 +68,19 @@ def test_draws_have_the_chances_of_the_exponential_mechanism(epsilon):
 def test_every_word_is_redrawn_digits_included_and_the_rest_is_copied(masked):
     rewriter = DpMlm(*masked, 1.0, test_seed=0)
     (new,) = rewriter.rewrite_all([TEXT])
-    import re
-
     assert re.sub(r"w\d+", "#", new) == "# #, # # # (#), # # #; # # #."
     assert rewriter.claim.tokens == [WORDS]
     for word in ("Basil", "1956", "Kuwait", "3"):
         assert word not in new.split()
+
+
+def test_vowel_signs_accents_and_symbols_are_redrawn_as_letters_are(masked):
+    """What is copied is said to be white space and punctuation alone."""
+    rewriter = DpMlm(*masked, 1.0, test_seed=0)
+    hindi, accents = "\u0939\u093f\u0928\u094d\u0926\u0940", "Jose\u0301 Zoe\u0308"
+    (new,) = rewriter.rewrite_all([f"{hindi} 12, {accents}: \N{SLICE OF PIZZA} $5 (don't)."])
+    assert re.sub(r"w\d+", "#", new) == "# #, # #: # # (#)."
+    assert rewriter.claim.tokens == [7]
 
 
 def test_a_word_that_occurs_twice_is_drawn_twice(masked):
