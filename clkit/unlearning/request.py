@@ -61,7 +61,7 @@ def read_requests(path: Path) -> list[DeletionRequest]:
         RequestError: the file can't be read, or with every problem in it.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise RequestError(f"{path}: can't be read ({type(error).__name__})") from error
     problems: list[Problem] = []

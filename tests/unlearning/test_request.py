@@ -82,6 +82,11 @@ def test_a_file_is_one_batch_with_ids_used_once_and_one_dry_run(write, tmp_path)
         read_requests(tmp_path / "absent.json")
 
 
+def test_a_file_that_begins_with_a_byte_order_mark_is_read(tmp_path):
+    (tmp_path / "request.json").write_text(json.dumps(request({"record_ids": ["a"]})), encoding="utf-8-sig")
+    assert read_requests(tmp_path / "request.json")[0].values == ("a",)
+
+
 def test_a_line_separator_within_a_text_ends_no_line(tmp_path):
     file = tmp_path / "requests.jsonl"
     file.write_text(json.dumps(request({"subject_ids": ["Ada\u2028Quill"]}), ensure_ascii=False) + "\n")
