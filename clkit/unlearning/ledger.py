@@ -109,15 +109,15 @@ class Ledger:
         rows = self._rows("SELECT state, reason, detail FROM jobs WHERE key = ?", job)
         return (rows[0][0], rows[0][1], json.loads(rows[0][2])) if rows else None
 
-    def served(self, request_id: str, job: str) -> str | None:
-        """Another job with that request that has selected records and did not fail, or None."""
+    def served(self, request_id: str, job: str) -> tuple[str, str] | None:
+        """Another job with that request that has selected records and did not fail, and the request's digest there."""
         rows = self._rows(
-            "SELECT job FROM requests WHERE request_id = ? AND job != ? AND job IN "
+            "SELECT job, digest FROM requests WHERE request_id = ? AND job != ? AND job IN "
             "(SELECT key FROM jobs WHERE state IN ('selected', 'trained', 'verified', 'certified'))",
             request_id,
             job,
         )
-        return str(rows[0][0]) if rows else None
+        return (str(rows[0][0]), str(rows[0][1])) if rows else None
 
     def receive(self, job: str, requests: Iterable[tuple[str, str]]) -> None:
         """Begin a job, or begin it again after it failed; ``requests`` are ids and digests."""

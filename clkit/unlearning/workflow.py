@@ -230,12 +230,24 @@ class _Job:
         return remains.find(self.source, gone, Path(self.detail["run"]), self.ledger)
 
     def _refuse_served(self) -> None:
-        served = [r.where for r in self.requests if self.ledger.served(r.request_id, self.key)]
-        if served:
-            raise RequestError(
-                f"{', '.join(served)}: already served, with other content or on another run. "
-                "Give a new request its own request_id."
-            )
+        lines = []
+        for request in self.requests:
+            found = self.ledger.served(request.request_id, self.key)
+            if found is None:
+                continue
+            job, digest = found
+            how = "in another file, by another method or on another run"
+            how = how if digest == request.digest else "with other content"
+            state, *_ = self.ledger.state(job) or ("",)
+            if state == "certified":
+                path = self.ledger.folder / job[:16] / CERTIFICATE
+                lines.append(f"{request.where}: already served, {how}; its certificate is {path}")
+            else:
+                lines.append(
+                    f"{request.where}: begun already, {how}, and not finished; finish it with the same command"
+                )
+        if lines:
+            raise RequestError("\n".join([*lines, "Give a new request its own request_id."]))
 
     def _select(self, decision: Decision | None) -> None:
         choice = choose(self.requests, self.source)

@@ -57,7 +57,7 @@ def test_a_request_counts_as_served_once_records_were_selected(ledger):
     ledger.advance("one", "validated")
     assert ledger.served("R-1", "two") is None
     ledger.advance("one", "selected")
-    assert ledger.served("R-1", "two") == "one" and ledger.served("R-1", "one") is None
+    assert ledger.served("R-1", "two") == ("one", "d1") and ledger.served("R-1", "one") is None
     ledger.fail("one", "gate")
     assert ledger.served("R-1", "two") is None, "it may be tried again in another way"
 

@@ -322,6 +322,26 @@ def test_a_request_goes_on_after_another_one_was_served_in_between(digits_run, d
     assert [json.loads(file.read_text())["records"]["forgotten"]["count"] for file in files] == [3, 3]
 
 
+def test_a_request_that_is_served_or_begun_in_another_way_is_told_where(
+    digits_run, digit_ids, write, monkeypatch, capsys
+):
+    both = [request({"record_ids": digit_ids[i : i + 1]}, request_id=f"R-{i}") for i in (1, 2)]
+    with monkeypatch.context() as patch:
+        patch.setattr(workflow, "run_gates", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert unlearn(digits_run, write(*both)) == 130
+    capsys.readouterr()
+    assert unlearn(digits_run, write(*both), "--method", "retrain_same_epochs") == 2
+    err = capsys.readouterr().err
+    assert err.count("begun already, in another file, by another method or on another run, and not finished") == 2
+    assert unlearn(digits_run, write(*both)) == 0
+    path, _ = certificate(digits_run)
+    capsys.readouterr()
+    assert unlearn(digits_run, write(both[1])) == 2
+    assert f"already served, in another file, by another method or on another run; its certificate is {path}" in (
+        capsys.readouterr().err
+    )
+
+
 def test_all_of_the_last_classes_can_be_forgotten_which_the_new_network_does_not_have(
     digits_run, write, tmp_path, monkeypatch
 ):
