@@ -13,7 +13,8 @@ from typing import Any
 INK, MUTED, GRID, PAPER = "#1a1f24", "#57606a", "#d8dee4", "#ffffff"
 SERIES = ("#0b62b3", "#c2410c", "#15803d", "#8b2fd6", "#a16207", "#0e7490", "#be185d", "#4d5f73")
 _DASHES = ("-", "--", ":")
-_LEGEND = 70  # letters in a line of a legend
+_LEGEND = 62  # letters in a line of a legend
+_ROW = 14  # points of height for each line of a legend beyond the third
 # The page's style sheet gives each of these variables a value for light and one for dark mode.
 _VARIABLES = {INK: "--ink", MUTED: "--muted", GRID: "--grid", PAPER: "--paper"} | {
     colour: f"--s{i}" for i, colour in enumerate(SERIES, start=1)
@@ -77,6 +78,9 @@ class Drawing:
             made = Figure(figsize=(self.size[0] / 72, self.size[1] / 72), layout="constrained")
             axes = made.subplots()
             self.draw(axes)
+            if (legend := axes.get_legend()) is not None:  # most have three columns
+                rows = -(-len(legend.get_texts()) // 3)
+                made.set_figheight((self.size[1] + _ROW * max(0, rows - 3)) / 72)
             # Above the whole figure: a title above the axes has no room to the right of long labels.
             made.suptitle(plain(self.title), x=0.01, ha="left")
         return made
@@ -129,6 +133,18 @@ def inline(figure: Any, label: str, prefix: str) -> str:
     return head + text[text.index(">") + 1 :].strip()
 
 
+def classed(page: str) -> str:
+    """The page with each style of its inline figures written once, in the head, for all elements that have it."""
+    found: dict[str, str] = {}
+
+    def named(style: re.Match[str]) -> str:
+        return f' class="{found.setdefault(style[1], f"k{len(found)}")}"'
+
+    text = re.sub(r"<svg .*?</svg>", lambda svg: re.sub(r' style="([^"]*)"', named, svg[0]), page, flags=re.DOTALL)
+    rules = "".join(f".{name}{{{style}}}" for style, name in found.items())
+    return text.replace("</style>", f"{rules}</style>", 1)
+
+
 def _ungrouped(text: str) -> str:
     """Without the ``<g>`` that say nothing: half of all elements that Matplotlib writes."""
     kept: list[bool] = []
@@ -161,7 +177,7 @@ def legend_below(axes: Any, count: int, most: int = 4) -> None:
     if count > 1:
         handles, labels = axes.get_legend_handles_labels()
         names = [plain(name) for name in shortened(labels, 22 if len(labels) <= 8 else 11)]
-        most = max(1, min(most, _LEGEND // (max(map(len, names), default=0) + 6)))
+        most = max(1, min(most, _LEGEND // (max(map(len, names), default=0) + 7)))
         columns = min(most, -(-count // -(-count // most)))
         # Matplotlib fills column after column.
         order = [k for column in range(columns) for k in range(column, len(handles), columns)]

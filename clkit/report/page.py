@@ -18,7 +18,7 @@ from clkit.metrics.continual import DEFINITIONS, label
 from clkit.metrics.format import FORMAT_DEFINITIONS
 from clkit.report import comparison, plots
 from clkit.report.deletions import deletions
-from clkit.report.figures import Drawing
+from clkit.report.figures import Drawing, classed
 from clkit.report.history import History, result_so_far
 from clkit.report.sections import Edits
 from clkit.resolve import read_file
@@ -96,6 +96,8 @@ def render(
             live=live,
         )
     )
+    if len(entries) > _OPEN and not live:  # a live page gets new figures, and keeps its head
+        page = classed(page)
     return page, drawn + [drawing for run in runs for drawing in run["for_files"]]
 
 

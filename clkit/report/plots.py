@@ -77,13 +77,14 @@ def drawings(result: RunResult, history: History, name: str) -> list[Drawing]:
             lambda axes: scores(axes, result, history),
         )
     ]
-    if any(row["forgetting"] is not None for row in result.metrics.get("per_task", [])):
+    if bars := sum(row["forgetting"] is not None for row in result.metrics.get("per_task", [])):
         found.append(
             Drawing(
                 f"{name}-forgetting",
                 "Forgetting per task",
                 "Best score since the task was learned minus the final one; below zero the task got better.",
                 lambda axes: forgetting(axes, result),
+                (340, max(230, 65 + 15 * bars)),
             )
         )
     if history.losses:
@@ -176,7 +177,8 @@ def scores(axes: Any, result: RunResult, history: History) -> None:
             column = [result.initial[j], *result.matrix[:, j]]
             points = [(k, v) for k, v in enumerate(column) if not np.isnan(v)]
         if points:
-            axes.plot(*zip(*points, strict=True), marker="o", label=in_legend(name), **style)
+            marker = "o" if len(names) <= 8 or len(points) == 1 else None  # of many lines they hide one another
+            axes.plot(*zip(*points, strict=True), marker=marker, label=in_legend(name), **style)
     _boundaries(axes, history)
     kinds = dict.fromkeys(result.task_metrics)
     axis(axes, "optimiser steps" if history.scores else "tasks learned", ", ".join(kinds))

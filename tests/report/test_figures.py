@@ -9,10 +9,14 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
+import clkit
 from clkit.cli import main
 from clkit.report import load, render
+from clkit.report.figures import Drawing, axis, legend_below
 from clkit.result import RunResult
+from clkit.tasks.base import LabelledExamples, Task, TaskSequence
 
 NAMES = ["US$ to C$", r"a_$\frac$", "_rest"]
 
@@ -79,3 +83,40 @@ def test_a_run_that_is_named_twice_counts_once(runs, tmp_path, capsys, monkeypat
     page = (tmp_path / "r.html").read_text()
     assert "4 runs of 2 settings" in page
     assert [r.run_dir.name for r in load([runs[1], runs[0], runs[1]])[0]] == [runs[1].name, runs[0].name]
+
+
+def test_runs_of_twenty_tasks_are_small_enough_for_fifty_in_a_page(tmp_path):
+    tasks = []
+    for k in range(20):
+        held = LabelledExamples(torch.randn(4, 8), torch.tensor([k] * 4), [f"{k}-{i}" for i in range(4)])
+        tasks.append(Task(f"domain-{k}-of-the-sequence", held, held, "classification", "accuracy", (k,)))
+    run_dir = clkit.fit(torch.nn.Linear(8, 20), TaskSequence(tasks), output_dir=tmp_path, train={"steps": 2}).run_dir
+    results = [RunResult.load(run_dir) for _ in range(6)]
+    few, many = (len(render(results[:count])[0]) for count in (2, 6))
+    assert (many - few) / 4 < 5e6 / 50 * 0.95
+
+
+def test_styles_of_many_figures_are_written_once_but_for_a_live_page(runs):
+    results = [RunResult.load(run) for run in runs[:2]] * 3
+    page, live = (render(results, live=live)[0] for live in (False, True))
+    rules = dict(re.findall(r"\.(k\d+)\{([^}]*)\}", page[: page.index("</style>")]))
+    drawn, styled = ("".join(re.findall("<svg .*?</svg>", text, re.DOTALL)) for text in (page, live))
+    assert " style=" not in drawn
+    assert [rules[name] for name in re.findall('class="([^"]*)"', drawn)] == re.findall(' style="([^"]*)"', styled)
+
+
+@pytest.mark.parametrize(("count", "length"), [(5, 6), (8, 40), (12, 10), (20, 24), (40, 9)])
+def test_legends_stand_within_their_figures_and_leave_room_for_the_lines(count, length):
+    def draw(axes):
+        for k in range(count):
+            axes.plot([0, 1], [0, 1], label=f"{k} domain-of-tasks".ljust(length, "x")[:length])
+        axis(axes, "optimiser steps", "accuracy")
+        legend_below(axes, count)
+
+    figure = Drawing("scores", "Scores", "", draw).figure()
+    figure.draw_without_rendering()
+    legend = figure.axes[0].get_legend()
+    box, lowest = legend.get_window_extent(), min(text.get_window_extent().y0 for text in legend.get_texts())
+    assert box.x0 >= 0 and box.x1 <= figure.bbox.width and lowest >= -2  # of the space below the letters
+    assert figure.axes[0].get_window_extent().height > 90
+    assert figure.axes[0].get_window_extent().width > 200
