@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Lock
 
-from clkit.errors import ConfigError
+from clkit.errors import ClkitError, ConfigError
 from clkit.report import render, so_far
 
 # A page of this server asks only this server.
@@ -48,8 +49,16 @@ def make_server(run_dir: Path, port: int = 0) -> ThreadingHTTPServer:
                 self.send_error(404)
                 return
             kind = "html" if self.path == "/" else "plain"
-            body = (page() if self.path == "/" else version(run_dir)).encode()
-            self.send_response(200)
+            status = 200
+            try:
+                body = (page() if self.path == "/" else version(run_dir)).encode()
+            except ClkitError as error:  # a file of the run is damaged
+                status, kind, body = 500, "plain", str(error).encode()
+            with contextlib.suppress(ConnectionError):  # the browser went away, as when one reloads while it is drawn
+                self._answer(status, kind, body)
+
+        def _answer(self, status: int, kind: str, body: bytes) -> None:
+            self.send_response(status)
             self.send_header("Content-Type", f"text/{kind}; charset=utf-8")
             self.send_header("Content-Length", str(len(body)))
             self.send_header("Content-Security-Policy", _POLICY)

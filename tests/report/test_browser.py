@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+import socket
+import struct
 import threading
 import time
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -178,3 +182,36 @@ def test_the_live_page_follows_the_run(browser, runs, tmp_path):
                 assert all(url.startswith((address, "data:")) for url in visit.requests)
         finally:
             server.shutdown()
+
+
+def test_what_is_open_in_the_live_page_stays_open_and_damage_is_told(browser, runs, tmp_path):
+    run_dir = shutil.copytree(runs[0], tmp_path / "run")
+    samples = json.loads((run_dir / "samples.json").read_text())
+    (run_dir / "samples.json").write_text(json.dumps({k: samples[k] for k in list(samples)[:1]}))
+    with make_server(run_dir) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            with Visit(browser, f"http://127.0.0.1:{server.server_port}/") as visit:
+                visit.page.locator("summary", has_text="Configuration").click()
+                time.sleep(1)  # until the script has asked for the first version
+                (run_dir / "samples.json").write_text(json.dumps(samples))
+                visit.page.locator("summary", has_text="task-3").wait_for(timeout=30_000)
+                shown = visit.page.locator("details[open] > summary").all_inner_texts()
+                assert shown == ["task-1", "Configuration"]
+                (run_dir / "samples.json").write_text("{")
+                visit.page.locator("#live", has_text="samples.json: can't be read").wait_for(timeout=30_000)
+        finally:
+            server.shutdown()
+
+
+def test_a_browser_that_goes_away_leaves_no_traceback(runs, capfd):
+    with make_server(runs[0]) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            with socket.create_connection(("127.0.0.1", server.server_port)) as client:
+                client.sendall(b"GET / HTTP/1.0\r\n\r\n")
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # closes by a reset
+            urllib.request.urlopen(f"http://127.0.0.1:{server.server_port}/").read()  # waits for the first answer
+        finally:
+            server.shutdown()
+    assert capfd.readouterr().err == ""
