@@ -29,6 +29,7 @@ _PLUGINS: dict[str, tuple[str, Registry[Any], str]] = {
     "strategy": ("name", STRATEGIES, "naive"),
     "engine": ("name", ENGINES, "local"),
 }
+_TRUTH = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 T = typing.TypeVar("T")
 _MISSING = object()
 _SHORT = {section: key for section, (key, _, _) in _PLUGINS.items()} | {"model": "name"}
@@ -89,7 +90,7 @@ def merge(
     values: Mapping[str, Any] | None = None,
     interpolate: bool = True,
 ) -> dict[str, Any]:
-    """Apply overrides in order; ``section=name`` replaces a whole section by that plug-in with its defaults.
+    """Apply overrides in order, after those of the form ``section=name``, which put a plug-in with its defaults there.
 
     Args:
         content: plain data.
@@ -103,8 +104,9 @@ def merge(
     """
     config = OmegaConf.create({k: _expand(k, v) for k, v in content.items()})
     problems = []
-    for override in overrides:
-        key, equals, _ = override.partition("=")
+    # Naming a plug-in takes all options of its section away, so that comes before options of the new one.
+    for override in sorted(overrides, key=lambda o: o.partition("=")[0] not in _SHORT):
+        key, equals, text = override.partition("=")
         if not equals or not key:
             problems.append(
                 Problem("command line", f"'{override}' is not an override (expected key=value, such as train.epochs=3)")
@@ -115,6 +117,9 @@ def merge(
             if key in _SHORT:
                 config[key] = _expand(key, OmegaConf.to_container(value)[key])  # type: ignore[index, call-overload]
             else:
+                alone = typing.cast(Any, OmegaConf.to_container(OmegaConf.from_dotlist([f"x={text}"])))["x"]
+                if isinstance(alone, (int, float)) and _is_text(config, key):
+                    OmegaConf.update(value, key, text.strip())  # 007 is not 7, and no is not False
                 config = typing.cast(Any, OmegaConf.merge(config, value))
         except (OmegaConfBaseException, yaml.YAMLError, ValueError, TypeError) as error:
             problems.append(Problem(f"command line:{key}", f"can't be applied ({str(error).splitlines()[0]})"))
@@ -132,6 +137,22 @@ def merge(
         return typing.cast(dict[str, Any], OmegaConf.to_container(config, resolve=interpolate))
     except OmegaConfBaseException as error:
         raise ConfigError(f"{origin}:{getattr(error, 'full_key', '') or ''}: {str(error).splitlines()[0]}") from error
+
+
+def _is_text(config: Any, key: str) -> bool:
+    """Whether the option at a dotted key is a text, whatever YAML takes its value for."""
+    first, *rest = key.split(".")
+    at: Any = RunConfig
+    if first in _PLUGINS:
+        name, registry, default = _PLUGINS[first]
+        section = config.get(first)
+        chosen = section.get(name, default) if OmegaConf.is_dict(section) else default
+        at = registry.get(chosen).config_class if chosen in registry else None
+    else:
+        rest = [first, *rest]
+    for part in rest:
+        at = typing.get_type_hints(at).get(part) if dataclasses.is_dataclass(at) else None
+    return at is str
 
 
 def _expand(section: str, value: Any) -> Any:
@@ -297,8 +318,11 @@ def _fill(
                 # `key=` without a value is YAML's null; where a text is expected it is an empty one.
                 node[key] = "" if value is None and hints[key] is str else _widen(value, hints[key])
                 values[key] = _plain(node[key])
-            except (OmegaConfBaseException, ValueError, TypeError):
-                problems.append(Problem(where, f"wrong type (got {value!r}, expected {_type_name(hints[key])})"))
+            except (OmegaConfBaseException, LookupError, ValueError, TypeError):
+                quotes = "; put it in quotes" if hints[key] is str and isinstance(value, (bool, float)) else ""
+                problems.append(
+                    Problem(where, f"wrong type (got {value!r}, expected {_type_name(hints[key])}{quotes})")
+                )
                 continue
             if wrong := _out_of_range(values[key], fields[key].metadata):
                 problems.append(Problem(where, f"out of range (got {value!r}, expected {wrong})"))
@@ -318,12 +342,23 @@ def _leaves(cls: type, fields: Mapping[str, Any], hints: Mapping[str, Any]) -> t
 
 
 def _widen(value: Any, hint: Any) -> Any:
-    """Whole numbers where a float or a text is expected: 1 is a fine learning rate, 25 the name of a layer."""
+    """A value as its field wants it where that is plain: 1 as a learning rate, "3" as a number, 25 as a name.
+
+    Raises:
+        TypeError, ValueError: it would have to be guessed, such as the text that YAML took for 1.5 or True.
+    """
     if isinstance(value, list):
         return [_widen(v, *typing.get_args(hint)[:1] or (None,)) for v in value]
     wanted = {hint, *typing.get_args(hint)}
+    if isinstance(value, str) and not wanted & {str, Any, None}:
+        number = next((kind for kind in (int, float) if kind in wanted), None)
+        return number(value) if number else _TRUTH[value.lower()] if bool in wanted else value
+    if hint is str and isinstance(value, (bool, float)):
+        raise TypeError(f"{value} is no text")
     if not isinstance(value, int) or isinstance(value, bool) or int in wanted:
         return value
+    if hint is bool:
+        return {0: False, 1: True}[value]
     return float(value) if float in wanted else str(value) if hint is str else value
 
 

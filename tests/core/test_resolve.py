@@ -103,6 +103,38 @@ def test_a_run_goes_into_the_home_that_its_directory_names_and_not_into_a_folder
             resolve.validate({**GOOD, "output_dir": directory})
 
 
+def test_naming_a_plug_in_does_not_take_away_the_options_that_are_given_with_it_in_whatever_order():
+    for overrides in (["strategy.replay.size=7", "strategy=replay"], ["strategy=replay", "strategy.replay.size=7"]):
+        assert resolve.validate(resolve.merge(GOOD, overrides)).strategy.config.replay.size == 7
+
+
+@pytest.mark.parametrize("text", ["007", "2024_01_05", "1:30", "1e3", "1.50", "0x10", "on", "no", "${seed}"])
+def test_a_text_on_the_command_line_is_taken_as_it_was_typed(text):
+    config = resolve.validate(resolve.merge({**GOOD, "seed": 3}, [f"name={text}", f"output_dir=runs/{text}"]))
+    assert [config.name, config.output_dir] == [text.replace("${seed}", "3"), "runs/" + text.replace("${seed}", "3")]
+    facts = resolve.validate(
+        resolve.merge({**GOOD, "tasks": "facts"}, ["tasks=jsonl", "tasks=facts", "tasks.metric=no"])
+    )
+    assert facts.tasks.config.metric == "no"
+
+
+@pytest.mark.parametrize(("key", "value"), [("name", True), ("name", 1.5), ("output_dir", False)])
+def test_a_text_that_yaml_took_for_something_else_wants_quotes(key, value):
+    with pytest.raises(ConfigError, match=f"{key}: wrong type .got {value}, expected str; put it in quotes"):
+        resolve.validate({**GOOD, key: value})
+
+
+def test_numbers_and_truth_values_in_quotes_are_taken_and_others_are_not(recwarn):
+    train = {"epochs": "3", "learning_rate": "1e-4", "reset_optimizer": "no", "betas": ["0.8", 0]}
+    found = resolve.validate({**GOOD, "train": train}).train
+    assert [found.epochs, found.learning_rate, found.reset_optimizer, found.betas] == [3, 1e-4, False, [0.8, 0.0]]
+    assert resolve.validate({**GOOD, "train": {"reset_optimizer": 0}}).train.reset_optimizer is False
+    with pytest.raises(ConfigError) as caught:
+        resolve.validate({**GOOD, "train": {"epochs": "three", "reset_optimizer": 2, "group_by_length": "maybe"}})
+    assert len(caught.value.problems) == 3
+    assert not recwarn.list
+
+
 def test_an_override_without_a_value_is_an_empty_text_where_a_text_is_expected():
     config = resolve.validate(resolve.merge({**GOOD, "tasks": "facts"}, ["name=", "tasks.metric="]))
     assert config.name == "run" and config.tasks.config.metric == ""
