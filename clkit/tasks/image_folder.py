@@ -13,6 +13,7 @@ from PIL import Image
 
 from clkit.config import opt
 from clkit.errors import DataError, Problem, did_you_mean
+from clkit.tasks.assemble import by_number
 from clkit.tasks.base import LabelledExamples, TaskSequence, content_id
 from clkit.tasks.images import DECODE_ERRORS, ImageFiles, contents_of, to_array, unique_ids
 from clkit.tasks.sampling import held_out
@@ -85,7 +86,8 @@ def _has_parts(root: Path) -> bool:
 
 
 def _classes(folder: Path) -> list[str]:
-    return sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+    """Names of the classes in their order: by number where they are numbers, so that 10 comes after 9."""
+    return sorted((p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")), key=by_number)
 
 
 def _images(folder: Path) -> list[Path]:

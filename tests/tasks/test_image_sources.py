@@ -123,6 +123,18 @@ def test_without_a_test_folder_a_part_of_each_class_is_held_out(tmp_path):
     assert tasks[0].train.inputs[torch.arange(8)].shape == (8, 1, 4, 4)
 
 
+def test_folders_that_are_called_by_numbers_are_classes_in_the_order_of_the_numbers(tmp_path):
+    for name in range(12):
+        for k in range(2):
+            save(tmp_path / str(name) / f"{k}.png")
+    tasks = build_tasks("image-folder", {"root": str(tmp_path), "classes_per_task": 4, "size": 8})
+    assert [name for task in tasks for name in task.metadata["class_names"]] == [str(k) for k in range(12)]
+    shuffled = build_tasks("image-folder", {"root": str(tmp_path), "order_seed": 1993, "size": 8})
+    expected = [int(k) for k in np.random.RandomState(1993).permutation(12)]
+    assert [k for task in shuffled for k in task.metadata["source_classes"]] == expected
+    assert [int(name) for task in shuffled for name in task.metadata["class_names"]] == expected
+
+
 def test_equal_pixels_get_ids_of_their_own(tmp_path):
     pixels = save(tmp_path / "a" / "0.png")
     for name in ("a/1.png", "b/0.png", "b/1.png"):
