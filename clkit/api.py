@@ -11,11 +11,12 @@ from typing import Any
 from torch import nn
 
 from clkit import build, resolve
-from clkit.config import RunConfig
+from clkit.config import ModelConfig, RunConfig
 from clkit.engine import launch
 from clkit.errors import CapabilityError, CheckpointError, ClkitError, ConfigError, Problem
 from clkit.models import wrap
 from clkit.models.base import Model
+from clkit.models.precision import DTYPES
 from clkit.progress import Progress
 from clkit.provenance import collect
 from clkit.registry import STRATEGIES
@@ -154,13 +155,24 @@ def run(
         with directory.recording_failure():
             if model is None:
                 with engine.loading():
-                    model = build.make_model(config.model, tasks, config.seed, progress.say, engine.device)
+                    options = _as_begun(config.model, directory)
+                    model = build.make_model(options, tasks, config.seed, progress.say, engine.device)
             elif isinstance(model, nn.Module):
                 model = wrap(model)
             build.check_model_kind(model, tasks)
             return SequentialTrainer(
                 model, strategy, config, engine=engine, directory=directory, progress=progress
             ).fit(tasks)
+
+
+def _as_begun(model: ModelConfig, directory: RunDirectory) -> ModelConfig:
+    """Options of a run's model with the type that ``dtype: auto`` meant when it began.
+
+    Another machine, or a second measurement where no cache can be written, may find the other one faster.
+    """
+    begun = (directory.read("run.json") or {}).get("model")
+    known = begun.get("computed_in") if isinstance(begun, dict) else None
+    return dataclasses.replace(model, dtype=known) if model.dtype == "auto" and known in DTYPES else model
 
 
 def check(configs: Sequence[RunConfig]) -> None:
@@ -275,7 +287,8 @@ def open_run(
         directory.begin(resolve.to_dict(config), collect(tasks))
         if model is None:
             with engine.loading():
-                model = build.make_model(config.model, tasks, config.seed, lambda text: None, engine.device)
+                options = _as_begun(config.model, directory)
+                model = build.make_model(options, tasks, config.seed, lambda text: None, engine.device)
         trainer = SequentialTrainer(model, build.make_strategy(config.strategy), config, engine=engine)
         trainer.directory = directory
         if not trainer.prepare(tasks, read_only=True):

@@ -108,12 +108,16 @@ def _load_causal_lm(
         config.name,
         prepare(module, config, generator, "CAUSAL_LM", public),
         load_tokenizer(directory, config.name),
-        {**provenance, "dtype": str(kept).removeprefix("torch.")},
+        {**provenance, "dtype": _name(kept), "computed_in": _name(dtype)},
         prompt=config.prompt,
         max_length=config.max_length,
         autocast_dtype=None if dtype == torch.float32 else dtype,
         base=public,
     )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _load_encoder(

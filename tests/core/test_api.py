@@ -177,3 +177,30 @@ def test_a_finished_run_without_its_checkpoints_is_not_told_to_go_on(digits, tmp
     gone = pytest.raises(CheckpointError, match="its checkpoints are gone; what it exported is in .*export")
     with gone, api.open_run(tmp_path / "run", digits, network()):
         pass
+
+
+def test_a_resume_computes_in_the_type_that_auto_meant_when_the_run_began(text_content, tmp_path, monkeypatch):
+    from clkit.strategy import Strategy
+
+    def run(name, prefers_bfloat16):
+        monkeypatch.setattr("clkit.models.precision.cpu_prefers_bfloat16", lambda: prefers_bfloat16)
+        model = {**text_content["model"], "dtype": "auto"}
+        return api.run(resolve.validate({**text_content, "model": model, "output_dir": str(tmp_path / name)}))
+
+    def losses(result):
+        lines = map(json.loads, (result.run_dir / "events.jsonl").read_text().splitlines())
+        return [line["losses"] for line in lines if line["event"] == "step"]
+
+    def stop(self):
+        if self.run.position.total_steps == 3:
+            raise KeyboardInterrupt
+
+    whole, other = run("whole", False), run("other", True)
+    assert losses(whole) != losses(other), "the types must differ for this to say something"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Strategy, "after_step", stop)
+        run("cut", False)
+    assert losses(run("cut", True)) == losses(whole)
+    monkeypatch.setattr("clkit.models.precision.cpu_prefers_bfloat16", lambda: True)
+    with api.open_run(tmp_path / "whole") as trainer:
+        assert trainer.model.autocast_dtype is None
