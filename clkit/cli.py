@@ -294,6 +294,7 @@ def _eval(arguments: Any) -> None:
     if arguments.metric and not arguments.tasks:
         raise ConfigError("--metric: is for the files of --tasks; the run's own tasks keep their metric. Give --tasks.")
     with api.open_run(arguments.run_dir) as trainer:
+        _tell_unfinished(trainer)
         tasks = trainer.scored
         if arguments.tasks:
             tasks = to_score(arguments.tasks, arguments.metric or "auto", "--tasks")
@@ -348,12 +349,23 @@ def _export(arguments: Any) -> None:
     if arguments.target is not None and arguments.target.exists():
         raise ConfigError(f"{arguments.target}: exists already; choose another name")
     with tempfile.TemporaryDirectory() as temporary, api.open_run(arguments.run_dir) as trainer:
+        _tell_unfinished(trainer)
         target = arguments.target or Path(temporary) / "export"
         snippet = trainer.export(target)
         if arguments.push_to_hub is None:
             print(snippet)
         else:
             print(push(target, arguments.push_to_hub, public=arguments.public))
+
+
+def _tell_unfinished(trainer: Any) -> None:
+    """Say on standard error that a run has not learned all its tasks, where that is so."""
+    if trainer.position.stage < len(trainer.tasks):
+        print(
+            f"{trainer.directory.path}: not finished; this is its model at {trainer.place()}",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def _unlearn(arguments: Any) -> None:

@@ -367,13 +367,14 @@ class SequentialTrainer:
             self.store.save(self._state(events))
             self.directory.status("running", **self._where())
         if self._stop:
-            where = f"interrupted at {self._place()}"
+            where = f"interrupted at {self.place()}"
             if self.directory is None:
                 raise Interrupted(f"{where}; nothing is kept, because this run has no directory")
             again = "the same call or command again goes on from there"
             raise Interrupted(f"{self.directory.path}: {where}, and saved; {again}")
 
-    def _place(self) -> str:
+    def place(self) -> str:
+        """Where the run is, in words."""
         stage, count = self.position.stage, len(self.tasks)
         return f"task {stage + 1} of {count}, step {self.position.step}" if stage < count else "the end of all tasks"
 
@@ -400,7 +401,7 @@ class SequentialTrainer:
             self.engine.start(self.strategy.parameters(), self.strategy.train_config(stage), 1)
             self.engine.load_state_dict(saved["engine"])
         self.run.streams.load_state_dict(saved["streams"])
-        self.progress.say(f"resuming at {self._place()}")
+        self.progress.say(f"resuming at {self.place()}")
 
     def _request_stop(self) -> None:
         self._asked = True

@@ -219,6 +219,27 @@ def test_eval_scores_the_test_file_of_a_folder_and_a_file_of_one_record(config, 
     assert "--tasks: " in (err := capsys.readouterr().err) and "does not exist. Did you mean 'one.jsonl'?" in err
 
 
+def test_eval_and_export_tell_that_a_run_is_not_finished(config, tmp_path, capsys, monkeypatch):
+    from clkit.strategy import Strategy
+
+    def stop(self):
+        if self.run.position.total_steps == 7:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Strategy, "after_step", stop)
+        assert main(["run", str(config), "--quiet"]) == 130
+    told = f"{tmp_path / 'run'}: not finished; this is its model at task 2 of 3, step 2"
+    for command in (["eval", str(tmp_path / "run")], ["export", str(tmp_path / "run"), str(tmp_path / "mine")]):
+        capsys.readouterr()
+        assert main(command) == 0
+        assert told in capsys.readouterr().err
+    main(["run", str(config), "--quiet"])
+    capsys.readouterr()
+    assert main(["eval", str(tmp_path / "run")]) == 0
+    assert "not finished" not in capsys.readouterr().err
+
+
 def test_export_writes_a_plain_adapter_and_refuses_to_overwrite(config, tmp_path, capsys):
     main(["run", str(config), "--quiet"])
     assert main(["export", str(tmp_path / "run"), str(tmp_path / "mine")]) == 0
