@@ -129,7 +129,14 @@ def run(
     """Do one run, resume it, or return its result when it is finished.
 
     ``tasks``, ``model`` and ``strategy`` take the place of what the configuration names.
+
+    Raises:
+        ConfigError: the configuration has ``compare``, which is several runs (:func:`expand`); or as :func:`fit`.
     """
+    if config.compare:
+        raise ConfigError(
+            "compare: stands for several runs, and this call does one. Use `clkit run`, or leave it empty."
+        )
     progress = progress or Progress(enabled=False)
     config = build.located(config)
     made = {"tasks_from": tasks, "model_from": model, "strategy_from": strategy}

@@ -204,3 +204,10 @@ def test_a_resume_computes_in_the_type_that_auto_meant_when_the_run_began(text_c
     monkeypatch.setattr("clkit.models.precision.cpu_prefers_bfloat16", lambda: True)
     with api.open_run(tmp_path / "whole") as trainer:
         assert trainer.model.autocast_dtype is None
+
+
+def test_a_call_that_does_one_run_does_not_pass_over_compare(digits, tmp_path):
+    entries = [["strategy=naive"], ["strategy=replay"]]
+    with pytest.raises(ConfigError, match="compare: stands for several runs"):
+        clkit.fit(network(), digits, output_dir=tmp_path / "run", compare=entries)
+    assert not (tmp_path / "run").exists()
