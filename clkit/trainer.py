@@ -85,8 +85,8 @@ class SequentialTrainer:
         self._initial_done = self._learned = self._midway = False
 
     # --- the run ----------------------------------------------------------------------------------------------------
-    def fit(self, tasks: TaskSequence) -> RunResult:
-        """Learn all tasks, from the newest checkpoint on if there is one.
+    def fit(self, tasks: Sequence[Task]) -> RunResult:
+        """Learn all tasks (a TaskSequence, or the tasks of one), from the newest checkpoint on if there is one.
 
         Raises:
             NumericalError: a loss or a gradient is NaN or infinite; names task, step and record ids.
@@ -94,7 +94,7 @@ class SequentialTrainer:
             Interrupted: Ctrl-C; the state was saved. A KeyboardInterrupt whose text says where, and how to go on.
         """
         try:
-            return self._begin(tasks)
+            return self._begin(tasks if isinstance(tasks, TaskSequence) else TaskSequence(tasks))
         except Interrupted as stop:
             raise stop.with_traceback(None) from None  # it stopped between two steps: nobody needs to see the frames
 

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -18,6 +19,7 @@ from clkit import api, build, resolve
 from clkit.errors import CheckpointError, ConfigError, DataError
 from clkit.models import load_classifier, wrap
 from clkit.tasks.base import LabelledExamples
+from clkit.trainer import SequentialTrainer
 
 
 @pytest.fixture
@@ -211,3 +213,8 @@ def test_a_call_that_does_one_run_does_not_pass_over_compare(digits, tmp_path):
     with pytest.raises(ConfigError, match="compare: stands for several runs"):
         clkit.fit(network(), digits, output_dir=tmp_path / "run", compare=entries)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_trainer_learns_a_plain_list_of_tasks_as_it_learns_their_sequence(digits):
+    found = [SequentialTrainer(network()).fit(tasks).matrix for tasks in (digits, list(digits))]
+    np.testing.assert_array_equal(*found)
