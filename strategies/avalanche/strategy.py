@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from clkit.config import StrategyConfig, opt
-from clkit.errors import CapabilityError, ConfigError, Problem
+from clkit.errors import CapabilityError, ConfigError, DataError, Problem
 from clkit.models.seeding import seeded
 from clkit.rng import derive_seed, fresh_generator
 from clkit.strategies.avalanche.agent import Agent, Snapshot, without_deprecations
@@ -54,6 +54,7 @@ class Avalanche(Strategy):
 
         Raises:
             CapabilityError: it does not work with language models, or with this schedule.
+            DataError: a task has nothing to train on.
             ConfigError: its memory sample is smaller than the number of earlier tasks, or the first task is too short.
         """
         super().setup(run)
@@ -66,6 +67,8 @@ class Avalanche(Strategy):
                 "Avalanche's gdumb trains on its memory, so the length of a schedule is not known; set train.steps, or "
                 "train.schedule=constant and train.warmup=0."
             )
+        if empty := [task.name for task in run.tasks if not len(task.train)]:
+            raise DataError(f"Task '{empty[0]}' has no training example, and Avalanche's {name} can't learn from none.")
         self.plugin = make(name, self.config.options)
         if name == "agem" and self.plugin.sample_size < len(run.tasks) - 1:
             raise ConfigError(

@@ -103,15 +103,17 @@ class DKVB(Strategy):
         Raises:
             NumericalError: features are not finite. Any key would be the nearest to them, and no loss would show it.
         """
-        for i in self.training_set(self.run.position.stage):
-            examples: Any = self.run.encodings.train(i)
+        new: list[Any] = [self.run.encodings.train(i) for i in self.training_set(self.run.position.stage)]
+        for examples in new:
             examples.check_finite(task.name)
-        if not self.head.placed:
+        if not self.head.placed and any(map(len, new)):  # a task without examples places none
             self.head.place(place_keys(self._key_queries(), self.config, self.run.streams["dkvb keys"]))
 
     def _key_queries(self) -> Tensor:
         """(N, C, k) of at most ``key_limit`` unlabelled vectors, drawn at random."""
         pool = Pool(self._key_sets())
+        if not len(pool):
+            raise DataError("strategy.key_data: there are no inputs to place the keys with")
         order = torch.randperm(len(pool), generator=self.run.streams["dkvb keys"])
         found: list[Tensor] = []
         left = self.config.key_limit
@@ -124,8 +126,6 @@ class DKVB(Strategy):
                 left -= len(found[-1])
                 if not left:
                     break
-        if not found:
-            raise DataError("strategy.key_data: there are no inputs to place the keys with")
         return torch.cat(found)
 
     def _key_sets(self) -> list[Encoded]:

@@ -131,7 +131,8 @@ class Memo(ExemplarMeans):
     def _costs(self, run: RunContext, backbone: Expandable) -> Costs:
         cached = 0
         if self.config.counting == "strict" and self._caches:
-            batch = run.encodings.train(0).batch(torch.tensor([0])).to(run.engine.device)
+            first = next((t for t, task in enumerate(run.tasks) if len(task.train)), 0)
+            batch = run.encodings.train(first).batch(torch.tensor([0])).to(run.engine.device)
             with evaluation_mode(run.model):
                 cached = self._maps_and_old(batch)[0].nbytes
         return Costs(

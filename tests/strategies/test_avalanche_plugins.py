@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import math
 import warnings
@@ -14,13 +15,14 @@ from stepping import after_tasks, learn, trainer_for
 from test_contract import Cut, cut_after, weights
 
 from clkit import api, resolve
-from clkit.errors import CapabilityError, ConfigError
+from clkit.errors import CapabilityError, ConfigError, DataError
 from clkit.loader import epoch_order
 from clkit.rng import derive_seed, fresh_generator
 from clkit.strategies.avalanche.plugins import project
 from clkit.strategies.avalanche.strategy import Avalanche
 from clkit.tasks.augment import augmented
 from clkit.tasks.avalanche import importing, to_benchmark
+from clkit.tasks.base import TaskSequence
 
 pytest.importorskip("avalanche")
 
@@ -330,6 +332,15 @@ def test_plug_ins_that_could_not_be_resumed_are_refused(plugin):
 def test_plug_ins_of_classes_refuse_texts(plugin, text_content):
     with pytest.raises(CapabilityError, match="works on classes, not on texts; for language models take agem, ewc"):
         api.run(resolve.validate({**text_content, "strategy": content(plugin)}))
+
+
+@pytest.mark.parametrize("plugin", ["ewc", "gem", "replay"])
+def test_a_task_without_examples_is_refused_before_anything_is_trained(plugin, tmp_path):
+    trainer, tasks = trainer_for(digits(tmp_path), "avalanche", plugin=plugin, options=OPTIONS[plugin])
+    empty = dataclasses.replace(tasks[1], train=tasks[1].train.subset([]))
+    with pytest.raises(DataError, match=f"Task 'task-2' has no training example, and Avalanche's {plugin} can't"):
+        trainer.fit(TaskSequence([tasks[0], empty, *tasks[2:]], scenario="class"))
+    assert trainer.position.total_steps == 0
 
 
 def test_what_would_fail_at_a_late_task_is_refused_at_the_first(tmp_path):

@@ -305,6 +305,27 @@ def test_key_data_of_another_shape_is_refused_before_training(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("name", "options"),
+    [("dkvb", {**SMALL, "key_dim": 2}), ("memo", {"counting": "strict", "budget": 1.0, "train_base": False})],
+)
+def test_a_first_task_without_examples_spoils_nothing(name, options):
+    tasks = []
+    for t in range(3):
+        y = torch.arange(0 if t == 0 else 8) % 2 + 2 * t
+        train = LabelledExamples(nn.functional.one_hot(y, 6).float(), y, [f"{t}/{i}" for i in range(len(y))])
+        y = torch.arange(4) % 2 + 2 * t
+        shown = LabelledExamples(nn.functional.one_hot(y, 6).float(), y, [f"{t}/eval/{i}" for i in range(4)])
+        tasks.append(Task(f"t{t}", train, shown, "classification", "accuracy", (2 * t, 2 * t + 1)))
+    given = {"model": {"name": "mlp", "hidden": [8]}, "tasks": "facts", "strategy": {"name": name, **options}}
+    config, sequence = resolve.validate({**given, "train": SGD}), TaskSequence(tasks, scenario="class")
+    trainer = SequentialTrainer(
+        build.make_model(config.model, sequence, 0, print), build.make_strategy(config.strategy), config
+    )
+    trainer.fit(sequence)
+    assert all(tensor.isfinite().all() for tensor in trainer.model.module.state_dict().values())
+
+
+@pytest.mark.parametrize(
     ("key_data", "where"), [("first", "task 't1'"), ("all", "the data that place the keys")], ids=["values", "keys"]
 )
 def test_features_that_are_not_finite_are_named_before_they_are_learned(key_data, where):
