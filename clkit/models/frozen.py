@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from clkit.models.classifier import Classifier
 
 _BATCH = 64  # examples in a forward pass
+_NAMES = ("_name_or_path", "transformers_version", "architectures", "dtype")  # of a configuration; they decide nothing
 
 
 class EncodedFeatures(EncodedLabelled):
@@ -45,10 +47,14 @@ class EncodedFeatures(EncodedLabelled):
 def feature_recipe(model: Classifier) -> dict[str, str]:
     """What features depend on besides the input: weights, architecture, precision and kind of device."""
     backbone = model.module.backbone
+    # Models with the same modules and weights may differ in it: in the size that images are brought to, for example.
+    config = getattr(backbone, "config", None)
+    options = {} if config is None else {k: v for k, v in config.to_dict().items() if k not in _NAMES}
     tensors = {**backbone.state_dict(), "scale": model.module.scale, "shift": model.module.shift}
     return {
         "weights": tensors_digest(tensors),
         "architecture": f"{backbone} pooling={getattr(backbone, 'pooling', '')}",
+        "config": json.dumps(options, sort_keys=True, default=str),
         "precision": f"{model.autocast_dtype or torch.float32}",
         "torch": f"{torch.__version__} {model.device.type}",
     }

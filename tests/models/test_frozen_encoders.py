@@ -120,6 +120,24 @@ def test_an_image_encoder_from_hugging_face_computes_what_transformers_does(vit_
         assert torch.allclose(loaded(x), model.module(x), atol=1e-6)
 
 
+def test_the_same_weights_that_read_images_of_another_size_have_features_of_their_own(tmp_path):
+    from transformers import ConvNextConfig, ConvNextModel
+
+    torch.manual_seed(0)
+    module = ConvNextModel(ConvNextConfig(hidden_sizes=[4, 8], depths=[1, 1], num_stages=2, image_size=32))
+    found = {}
+    for size, cache in ((32, "shared"), (16, "shared"), (16, "own"), (32, "shared")):
+        module.config.image_size = size
+        folder = tmp_path / f"{size}-{len(found)}"  # where a model lies and which version wrote it does not matter
+        module.save_pretrained(folder)
+        config = ModelConfig(name=str(folder), freeze_backbone=True)
+        model = load_model(config, num_classes=2, input_shape=(3, 32, 32), generator=torch.Generator().manual_seed(0))
+        features = model.precompute(model.encode(images(4, 32)), RowCache(tmp_path / cache)).features
+        found.setdefault((size, cache), []).append(features)
+    assert torch.equal(found[16, "shared"][0], found[16, "own"][0])
+    assert torch.equal(*found[32, "shared"]) and len(list((tmp_path / "shared").glob("*/*.safetensors"))) == 2
+
+
 def test_a_language_encoder_is_no_image_encoder(encoder_directory):
     with pytest.raises(ModelError, match="BertModel is no image encoder, and these tasks have images"):
         load_model(
