@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 FILE = "noisy_steps.txt"
 VOID = "engine.test_seed made noise and sampling repeatable, so nothing is guaranteed"
 NO_NOISE = "no noise was added, so nothing is guaranteed"
+LITTLE_NOISE = "by its accountant no finite epsilon follows from so little noise, so nothing is guaranteed"
 ASSUMPTIONS = (
     "the number of units, the sampling rate, the number of steps and all options are public and were not chosen by "
     "looking at the data",

@@ -29,7 +29,7 @@ from clkit.config import EngineConfig, TrainConfig, opt
 from clkit.engine import launch
 from clkit.engine.accounting import Noisy, sigma_for
 from clkit.engine.clipping import Clipper, choose_way
-from clkit.engine.guarantee import FILE, NO_NOISE, VOID, Spent, epsilon_now, plan, rate_of
+from clkit.engine.guarantee import FILE, LITTLE_NOISE, NO_NOISE, VOID, Spent, epsilon_now, plan, rate_of
 from clkit.engine.local import LocalEngine
 from clkit.engine.poisson import Draws, PoissonBatches, Units, units_of
 from clkit.errors import CapabilityError, Problem
@@ -145,6 +145,8 @@ class PrivateEngine(LocalEngine):
         }
         rows = [Noisy(sigma, s.rate, s.steps) for s in stages]
         self._facts["planned_epsilon"] = epsilon_now(self._facts | {"spent": rows})
+        if self._facts["planned_epsilon"] is None:
+            self._facts["void"] = void or LITTLE_NOISE
 
     def notes(self) -> list[str]:
         """Noise, sampling and epsilon as planned."""

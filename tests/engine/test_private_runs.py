@@ -270,6 +270,17 @@ def test_no_noise_is_said_to_guarantee_nothing(content):
     assert facts["void"] == "no noise was added, so nothing is guaranteed" and facts["epsilon"] is None
 
 
+def test_noise_of_which_no_epsilon_follows_is_said_to_guarantee_nothing(content, monkeypatch):
+    from clkit.plan import describe
+
+    # What PRV gives at noise 0.1, rate 0.3 and 20 steps, after seconds.
+    monkeypatch.setattr("clkit.engine.guarantee.epsilon_of", lambda *_: math.inf)
+    facts = privacy(api.run(config := resolve.validate(content)).run_dir)
+    assert "no finite epsilon" in facts["void"] and facts["epsilon"] is None
+    assert statement(facts, 3)["void"] == facts["void"]
+    assert f"no guarantee: {facts['void']}" in describe(config)
+
+
 def test_an_engine_that_nobody_asked_before_refuses_and_plans_when_training_begins(content):
     config = resolve.validate(content)
     tasks = build.make_tasks(config)
