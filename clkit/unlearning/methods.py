@@ -14,6 +14,7 @@ from clkit.errors import ClkitError, Problem, RequestError
 from clkit.registry import Registry
 from clkit.tasks.base import TaskSequence
 from clkit.unlearning.case import Case
+from clkit.unlearning.lineage import learned_before
 
 # A forward pass costs about a third of a forward and backward pass.
 _FORWARD = 1 / 3
@@ -110,6 +111,12 @@ def make(name: str, overrides: Sequence[str] = ()) -> Method:
     return kind(resolve.options(kind.config_class, overrides, f"--method {name}: "))
 
 
+def why_not(method: Method, case: Case) -> list[Problem]:
+    """Why a method can't serve a request: its own reasons, and a model that knew the records before the run began."""
+    problems = method.check(case)
+    return problems if problems or method.sees_forgotten else learned_before(case)
+
+
 def training_cost(config: RunConfig, tasks: TaskSequence) -> Cost:
     """What a run of this configuration on these tasks takes: steps, and new and rehearsed rows."""
     steps = sum(build.stage_steps(config, tasks))
@@ -126,7 +133,7 @@ def plan_lines(case: Case, chosen: Method) -> list[str]:
         mark = "*" if name == chosen.name else " "
         try:
             method = chosen if name == chosen.name else METHODS.get(name)()
-            problems = method.check(case)
+            problems = why_not(method, case)
         except ClkitError as error:
             problems = [Problem("", str(error))]
         if problems:

@@ -25,7 +25,7 @@ from clkit.unlearning.duplicates import Pair, near_duplicates
 from clkit.unlearning.gates import Evidence, Gate, Limits, brief, partition, run_gates, standard
 from clkit.unlearning.ledger import CERTIFICATE, FOLDER, Ledger, find_folder
 from clkit.unlearning.manifest import Manifest, keyed
-from clkit.unlearning.methods import Method, plan_lines
+from clkit.unlearning.methods import Method, plan_lines, why_not
 from clkit.unlearning.records import Place, records, select, without
 from clkit.unlearning.remains import Remains
 from clkit.unlearning.request import DeletionRequest, read_requests
@@ -271,7 +271,7 @@ class _Job:
         stones = [hashes.hashes(r) for r in self.source.known if r.place in out]
         gone = _left(self.source, out)
         case = Case(self.source, frozenset(gone), without(self.source.tasks, gone))
-        if problems := self.method.check(case):  # before anything is written
+        if problems := why_not(self.method, case):  # before anything is written
             raise RequestError.collect(f"--method {self.method.name} can't serve this request:", problems)
         self.method.admit(case)
         verdict = {"include": "taken along", "keep": "kept"}.get(decision or "", "none to decide on")

@@ -120,3 +120,33 @@ def test_a_private_run_is_not_replayed_because_it_can_not_be_repeated(people_con
     assert unlearn(run_dir, file, "--method", "exact_replay", "--keep-near-duplicates") == 2
     assert "secret batches and noise" in capsys.readouterr().err
     assert nothing_forgotten(run_dir)
+
+
+def test_a_run_that_began_with_a_model_that_learned_the_records_is_not_said_to_be_retrained_without_them(
+    people_content, write, tmp_path, capsys
+):
+    whole = {**people_content["model"], "lora": {"r": 0}}
+    first = run({**people_content, "model": whole, "output_dir": str(tmp_path / "runs" / "zero")}, tmp_path)
+    second = run({**people_content, "model": {**whole, "name": str(first / "export")}}, tmp_path)
+    file = write(request({"subject_ids": [PEOPLE[0]]}, unit="subject"))
+    more = ["--keep-near-duplicates"]
+    assert unlearn(second, file, *more) == 2
+    assert f"{first} made, which learned" in capsys.readouterr().err and nothing_forgotten(second)
+    assert unlearn(second, file, "--plan") == 0
+    out = capsys.readouterr().out
+    assert "* retrain: not here. model.name: the run began with a model that" in out and "  npo: " in out
+
+    # From what came of the request there it can be served, and from a run that learned other records.
+    assert unlearn(first, file, *more) == 0
+    (clean,) = (p for p in first.parent.glob("zero-without-*"))
+    third = run({**people_content, "model": {**whole, "name": str(clean / "export")},
+                 "output_dir": str(tmp_path / "runs" / "third")}, tmp_path)  # fmt: skip
+    assert unlearn(third, write(request({"subject_ids": [PEOPLE[2]]}, request_id="R-2")), *more) == 2
+    assert f"{clean} made, which learned" in capsys.readouterr().err
+    other = {**people_content["tasks"], "tasks": people_content["tasks"]["tasks"][:1]}
+    less = run(
+        {**people_content, "model": whole, "tasks": other, "output_dir": str(tmp_path / "runs" / "less")}, tmp_path
+    )
+    fourth = run({**people_content, "model": {**whole, "name": str(less / "export")},
+                  "output_dir": str(tmp_path / "runs" / "fourth")}, tmp_path)  # fmt: skip
+    assert unlearn(fourth, write(request({"subject_ids": [PEOPLE[2]]}, request_id="R-3")), *more) == 0
