@@ -121,7 +121,11 @@ def measure(run_dir: Path, forgotten: Sequence[Task], before: Path | None = None
             ]
         )
         if not gone or not new:
-            raise VerificationError("there are no forgotten training records, or no records that were only scored")
+            raise VerificationError(
+                "there is nothing to compare with: no forgotten record was trained on"
+                if not gone
+                else "there is nothing to compare with: every record that is scored was trained on too"
+            )
         every, gone = len(gone), [(task, i) for task, i in gone if _has_class(task, i, build.num_classes(tasks))]
         if not gone:
             nothing = Answers([], [], [], [])

@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clkit.errors import ClkitError
+from clkit.errors import ClkitError, VerificationError
 from clkit.provenance import collect
 from clkit.result import RunResult
 from clkit.rundir import RunDirectory
@@ -180,11 +180,13 @@ def _final(result: RunResult) -> dict[str, tuple[float, bool]]:
 
 
 def run_gates(gates: Sequence[Gate], evidence: Evidence) -> list[Finding]:
-    """All findings; a gate that raises has failed, with the kind of error as its figure."""
+    """All findings; a gate that raises has failed, with the kind of error as its figure, or its own words for why."""
     found = []
     for gate in gates:
         try:
             found.append(gate(evidence))
+        except VerificationError as error:  # a gate's own, which names no record
+            found.append(Finding(getattr(gate, "__name__", "gate"), False, {"error": str(error)}))
         except (ClkitError, OSError, ValueError, KeyError, TypeError, json.JSONDecodeError) as error:
             found.append(Finding(getattr(gate, "__name__", "gate"), False, {"error": type(error).__name__}))
     return found

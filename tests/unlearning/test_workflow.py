@@ -166,6 +166,21 @@ def test_a_gate_that_raises_and_training_on_other_data_fail_closed(digits_run, d
         workflow.serve(digits_run, file, Cheat(), gates=[retained_only])
 
 
+def test_without_a_record_that_was_only_scored_the_attacks_say_what_is_missing(people_content, write, tmp_path, capsys):
+    for file in people_content["tasks"]["tasks"]:
+        folder, lines = Path(file).with_suffix(""), Path(file).read_text().replace('"id": ', '"note": ')
+        folder.mkdir()
+        for name in ("train.jsonl", "test.jsonl"):
+            (folder / name).write_text(lines)
+    files = [file.removesuffix(".jsonl") for file in people_content["tasks"]["tasks"]]
+    run_dir = run({**people_content, "tasks": {"source": "jsonl", "tasks": files}}, tmp_path)
+    file = write(request({"predicate": {"field": "answer", "equals": "kiwi orchard 00"}}))
+    assert unlearn(run_dir, file, "--keep-near-duplicates") == 3
+    err = capsys.readouterr().err
+    for gate in ("membership", "extraction"):
+        assert gate + ' {"error": "there is nothing to compare with: every record that is scored was trained on' in err
+
+
 def test_purge_deletes_the_superseded_weights_after_the_certificate_lists_them(digits_run, digit_ids, write):
     assert unlearn(digits_run, write(request({"record_ids": digit_ids[:2]})), "--purge") == 0
     path, content = certificate(digits_run)
