@@ -107,12 +107,16 @@ def retained_only(evidence: Evidence) -> Finding:
 
 
 def utility(max_loss: float) -> Gate:
-    """The mean final score of the tasks that both runs have is at most ``max_loss`` worse than before."""
+    """The mean final score of the tasks that both runs have is at most ``max_loss`` worse than before.
+
+    Where lower is better (perplexity), the change counts as a part of what was before: scores are at most 1, and a
+    perplexity that falls by a few would outweigh the loss of all of them.
+    """
 
     def gate(evidence: Evidence) -> Finding:
         old, new = (_final(RunResult.load(path)) for path in (evidence.old_run, evidence.new_run))
         shared = [name for name in old if name in new]
-        losses = [(old[name][0] - new[name][0]) * (1 if old[name][1] else -1) for name in shared]
+        losses = [_worse(*old[name], new[name][0]) for name in shared]
         loss = sum(losses) / len(losses) if losses else math.nan
         figures: dict[str, Any] = {"loss": loss if math.isfinite(loss) else None, "limit": max_loss}
         pairs = {name: [old[name][0], new[name][0]] for name in shared}
@@ -120,6 +124,12 @@ def utility(max_loss: float) -> Gate:
         return Finding("utility", loss <= max_loss, figures)
 
     return _named("utility", gate)
+
+
+def _worse(before: float, higher_is_better: bool, now: float) -> float:
+    if higher_is_better:
+        return before - now
+    return (now - before) / before if before else math.nan
 
 
 def membership(limit: float) -> Gate:

@@ -181,6 +181,26 @@ def test_without_a_record_that_was_only_scored_the_attacks_say_what_is_missing(p
         assert gate + ' {"error": "there is nothing to compare with: every record that is scored was trained on' in err
 
 
+def test_a_perplexity_that_falls_does_not_outweigh_scores_that_are_lost(monkeypatch):
+    from types import SimpleNamespace
+
+    from clkit.unlearning.gates import utility
+
+    def final(accuracy, perplexity):
+        return {"task": (accuracy, True), "holdout": (perplexity, False)}
+
+    for old, new, passed, wanted in [
+        (final(0.9, 30.0), final(0.0, 24.0), False, (0.9 - 0.2) / 2),
+        (final(0.9, 30.0), final(0.9, 30.3), True, 0.005),
+        (final(0.9, 0.0), final(0.9, 1.0), False, None),
+    ]:
+        results = iter([old, new])
+        monkeypatch.setattr("clkit.unlearning.gates.RunResult.load", lambda path: path)
+        monkeypatch.setattr("clkit.unlearning.gates._final", lambda _, results=results: next(results))
+        finding = utility(0.05)(SimpleNamespace(old_run="old", new_run="new"))
+        assert finding.passed is passed and finding.figures["loss"] == (wanted and pytest.approx(wanted))
+
+
 def test_purge_deletes_the_superseded_weights_after_the_certificate_lists_them(digits_run, digit_ids, write):
     assert unlearn(digits_run, write(request({"record_ids": digit_ids[:2]})), "--purge") == 0
     path, content = certificate(digits_run)
