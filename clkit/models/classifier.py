@@ -198,12 +198,15 @@ class Classifier(Model):
 
     def export(self, directory: Path) -> str:
         """Write weights, configuration and (for texts) the tokenizer; return the snippet that loads them."""
-        from safetensors.torch import save_model
+        from safetensors.torch import save_file
 
         from clkit.models.expandable import structure_of
 
         directory.mkdir(parents=True, exist_ok=True)
-        save_model(self.module, str(directory / "model.safetensors"))
+        # Copied: under ZeRO-3 on one process they are parts of one long tensor, which would be written with each.
+        state = self.module.state_dict()
+        whole = {k: v.to("cpu", copy=True, memory_format=torch.contiguous_format) for k, v in state.items()}
+        save_file(whole, directory / "model.safetensors")
         backbone = self.module.backbone
         encoder = getattr(backbone, "config", None)  # of transformers' encoders, grown ones too
         if encoder is not None:

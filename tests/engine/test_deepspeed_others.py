@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from processes import talk
 from test_deepspeed_numbers import same_numbers
 
@@ -64,6 +65,24 @@ def test_stages_0_to_2_give_the_numbers_of_the_local_engine(tmp_path, tiny_llama
     for run in runs:
         ours = Path(run["output_dir"])
         same_numbers(ours, tmp_path / "local" / ours.name)
+
+
+def test_a_classifier_leaves_zero_3_on_one_process_as_it_leaves_the_local_engine(tmp_path):
+    from safetensors.torch import load_file
+
+    exported = []
+    for engine in ({"name": "deepspeed", "zero_stage": 3}, {"name": "local"}):
+        content = {
+            "output_dir": str(tmp_path / engine["name"]),
+            "model": {"name": "mlp", "hidden": [8]},
+            "tasks": {"source": "digits", "train_limit": 8, "eval_limit": 4, "num_tasks": 2},
+            "train": {"steps": 3, "optimizer": "sgd", "learning_rate": 0.1},
+            "engine": engine,
+        }
+        talk("run_many.py", [content], 1)
+        exported.append(load_file(tmp_path / engine["name"] / "export" / "model.safetensors"))
+    assert exported[0].keys() == exported[1].keys()
+    assert all(torch.allclose(value, exported[1][name], atol=1e-5) for name, value in exported[0].items())
 
 
 @pytest.mark.parametrize(("name", "changes", "message"), [
