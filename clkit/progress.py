@@ -39,6 +39,10 @@ class _RichBar(Bar):
         self._display.advance(self._task, self._pending)
         self._pending = 0
 
+    def remove(self) -> None:
+        """Take it off the display."""
+        self._display.remove_task(self._task)
+
     def show(self, losses: dict[str, float], rate: float) -> None:
         terms = " ".join(f"{name} {value:.4f}" for name, value in losses.items())
         self._display.update(self._task, detail=f"{terms}  {rate:,.0f}/s")
@@ -55,6 +59,7 @@ class Progress:
     def __init__(self, enabled: bool = True, bars: bool = True) -> None:
         self._enabled = enabled
         self._bars = enabled and bars and sys.stderr.isatty()
+        self._display: Any = None  # where bars are drawn, while there are any
 
     def say(self, text: str) -> None:
         """One line for the user."""
@@ -63,9 +68,25 @@ class Progress:
 
     @contextlib.contextmanager
     def task(self, title: str, total: int, done: int = 0) -> Iterator[Bar]:
-        """A bar from ``done`` to ``total``, gone when the context ends."""
+        """A bar from ``done`` to ``total``, gone when the context ends; within another one's it stands below that."""
         if not self._bars:
             yield Bar()
+            return
+        within = self._display is not None
+        with self._shown() as display:
+            bar = _RichBar(display, display.add_task(title, total=total, completed=done, detail=""))
+            try:
+                yield bar
+                bar.flush()
+            finally:
+                if within:
+                    bar.remove()
+
+    @contextlib.contextmanager
+    def _shown(self) -> Iterator[Any]:
+        """The display; two at a time would draw over each other."""
+        if self._display is not None:
+            yield self._display
             return
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
@@ -79,6 +100,8 @@ class Progress:
             TextColumn("{task.fields[detail]}"),
         )
         with RichProgress(*columns, console=Console(stderr=True), transient=True) as display:
-            bar = _RichBar(display, display.add_task(title, total=total, completed=done, detail=""))
-            yield bar
-            bar.flush()
+            self._display = display
+            try:
+                yield display
+            finally:
+                self._display = None
