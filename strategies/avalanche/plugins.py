@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import ModuleType
@@ -42,6 +43,11 @@ SUPPORTED = {
     "gdumb": Supported("GDumbPlugin", text=False),
 }
 
+# What the values of options must be; Avalanche looks at few of them before it uses them, which may be at a late task.
+_COUNTS = ("mem_size", "batch_size", "batch_size_mem", "patterns_per_experience", "sample_size", "delta_t")
+_FLAGS = ("keep_importance_data", "task_balanced_dataloader")
+_PER_TASK = {"lwf": "alpha", "si": "si_lambda"}  # may be a list, with a number for each task
+
 OWN_BATCHES = ("replay", "gdumb")  # what is trained on comes from the plug-in, not from the trainer's loader
 
 
@@ -80,6 +86,9 @@ def problems(name: str, options: Mapping[str, Any]) -> list[Problem]:
         for key, parameter in parameters.items()
         if parameter.default is parameter.empty and key not in options
     ]
+    for key, value in options.items():
+        if key in allowed and (expected := _wrong(name, key, _read(value), parameters[key].default)):
+            found.append(Problem("strategy.options", f"{key} is {value!r}, expected {expected}"))
     if not found:
         try:
             make(name, options)
@@ -90,11 +99,29 @@ def problems(name: str, options: Mapping[str, Any]) -> list[Problem]:
 
 def make(name: str, options: Mapping[str, Any]) -> Any:
     """A fresh plug-in; a text among the options is read like a YAML value."""
-    arguments = {k: parse_scalar(v) if isinstance(v, str) else v for k, v in options.items()}
+    arguments = {k: _read(v) for k, v in options.items()}
     if not isinstance(arguments.get("mode", ""), str):
         raise TypeError(f"mode is a text, not {arguments['mode']!r}")
     plugin = getattr(load(), SUPPORTED[name].class_name)(**arguments)
     return {"si": _unshared, "gem": _solvable}.get(name, lambda p: p)(plugin)
+
+
+def _read(value: Any) -> Any:
+    return parse_scalar(value) if isinstance(value, str) else value
+
+
+def _wrong(name: str, key: str, value: Any, default: Any) -> str:
+    """What an option's value should have been; empty where it is that."""
+    if key in ("mode", "excluded_parameters") or (value is None and default is None):
+        return ""
+    if key in _FLAGS:
+        return "" if isinstance(value, bool) else "true or false"
+    if key in _COUNTS:
+        return "" if type(value) is int and value >= 1 else "a whole number of at least 1"
+    several = isinstance(value, list) and key == _PER_TASK.get(name)
+    numbers = value if several else [value]
+    good = all(isinstance(n, int | float) and not isinstance(n, bool) and 0 <= n < math.inf for n in numbers)
+    return "" if good and numbers else "a number of at least 0"
 
 
 def _letters(name: str) -> str:

@@ -55,7 +55,8 @@ class Avalanche(Strategy):
         Raises:
             CapabilityError: it does not work with language models, or with this schedule.
             DataError: a task has nothing to train on.
-            ConfigError: its memory sample is smaller than the number of earlier tasks, or the first task is too short.
+            ConfigError: its memory sample is smaller than the number of earlier tasks, the first task is too short, or
+                a list has no number for each task.
         """
         super().setup(run)
         name, train = self.config.plugin, run.config.train
@@ -70,6 +71,12 @@ class Avalanche(Strategy):
         if empty := [task.name for task in run.tasks if not len(task.train)]:
             raise DataError(f"Task '{empty[0]}' has no training example, and Avalanche's {name} can't learn from none.")
         self.plugin = make(name, self.config.options)
+        weights = self.plugin.lwf.alpha if name == "lwf" else None
+        if isinstance(weights, list) and len(weights) < len(run.tasks):
+            raise ConfigError(
+                f"strategy.options: alpha has {len(weights)} numbers, expected one, or one for each of "
+                f"{len(run.tasks)} tasks"
+            )
         if name == "agem" and self.plugin.sample_size < len(run.tasks) - 1:
             raise ConfigError(
                 f"strategy.options: sample_size is {self.plugin.sample_size}, expected at least {len(run.tasks) - 1} "

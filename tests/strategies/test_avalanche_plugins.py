@@ -306,6 +306,11 @@ def test_a_remainder_class_is_not_dropped(tmp_path):
         ("ewc", {}, "ewc needs 'ewc_lambda'"),
         ("ewc", {"ewc_lambda": 1, "mode": "online"}, "ewc refuses"),
         ("replay", {"storage_policy": "x"}, "'storage_policy' is no argument of replay"),
+        ("ewc", {"ewc_lambda": "abc"}, "ewc_lambda is 'abc', expected a number of at least 0"),
+        ("mas", {"alpha": [0.5]}, "alpha is .*, expected a number of at least 0"),
+        ("replay", {"mem_size": -5}, "mem_size is -5, expected a whole number of at least 1"),
+        ("gem", {"patterns_per_experience": 0, "memory_strength": 1}, "patterns_per_experience is 0, expected a whole"),
+        ("replay", {"task_balanced_dataloader": 1}, "task_balanced_dataloader is 1, expected true or false"),
     ],
 )
 def test_options_are_checked_against_the_plug_in_before_anything_runs(plugin, options, message):
@@ -354,6 +359,9 @@ def test_what_would_fail_at_a_late_task_is_refused_at_the_first(tmp_path):
         trainer.fit(tasks)
     trainer, tasks = trainer_for(digits(tmp_path, schedule="linear"), "avalanche", plugin="gdumb")
     with pytest.raises(CapabilityError, match="the length of a schedule is not known"):
+        trainer.fit(tasks)
+    trainer, tasks = trainer_for(digits(tmp_path), "avalanche", plugin="lwf", options={"alpha": [1.0, 2.0]})
+    with pytest.raises(ConfigError, match="alpha has 2 numbers, expected one, or one for each of 5 tasks"):
         trainer.fit(tasks)
 
 
