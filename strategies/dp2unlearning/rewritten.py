@@ -19,15 +19,19 @@ _ADJACENT = (
 )
 
 
-def write_tasks(tasks: TaskSequence, folder: Path, rewriter: Rewriter) -> Claim:
+def write_tasks(tasks: TaskSequence, folder: Path | str, rewriter: Rewriter) -> Claim:
     """Write every text task into ``folder/<task>``: training records rewritten, evaluation records as they are.
 
     Of a training record only id, subject, prompt and answer are written: options and labels could say again what the
     words said. ``folder/rewriting.json`` has the claim, the tokens drawn for each record, and the files' hashes.
 
+    A file's ids are unique among all files, so an evaluation record that says what a training record says gets none.
+
     Raises:
         CapabilityError: a task is not of text records.
     """
+    folder = Path(folder)
+    taken = {record.id for task in tasks for record in _records(task)[0]}
     files: dict[str, str] = {}
     tokens: dict[str, int] = {}
     for task in tasks:
@@ -42,7 +46,11 @@ def write_tasks(tasks: TaskSequence, folder: Path, rewriter: Rewriter) -> Claim:
             # A text of which nothing is left could not be read again; putting something there says nothing.
             said = {"prompt": prompt or _NOTHING, "answer": answer or _NOTHING}
             rows.append({"id": record.id, "subject": record.subject, **said})
-        shown = [{"id": r.id, "subject": r.subject, "prompt": r.prompt, "answer": r.answer} for r in evaluated]
+        shown = []
+        for r in evaluated:
+            named = {} if r.id in taken else {"id": r.id}
+            taken.add(r.id)
+            shown.append({**named, "subject": r.subject, "prompt": r.prompt, "answer": r.answer})
         (folder / task.name).mkdir(parents=True, exist_ok=True)
         for name, lines in (("train.jsonl", rows), ("test.jsonl", shown)):
             file = folder / task.name / name

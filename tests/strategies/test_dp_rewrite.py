@@ -1,6 +1,7 @@
 """Rewriting with differential privacy: draws have the mechanism's chances, every word is redrawn, claims are counted."""
 
 import collections
+import json
 import re
 
 import numpy as np
@@ -10,6 +11,8 @@ from scipy import stats
 
 from clkit.errors import ConfigError
 from clkit.strategies.dp2unlearning.rewrite import DpMlm, DpPrompt
+from clkit.strategies.dp2unlearning.rewritten import write_tasks
+from clkit.tasks import build_tasks
 from clkit.unlearning.exponential import ROBERTA_RANGE, probabilities
 
 TEXT = "Basil Al-Kuwaiti, born in 1956 (Kuwait), wrote 3 novels; Basil didn't stop."
@@ -165,3 +168,16 @@ def test_what_can_not_be_rewritten_is_said(masked, causal):
         DpMlm(*masked, 0.0)
     with pytest.raises(ConfigError, match="at most 120 fit"):
         DpMlm(*masked, 1.0).rewrite_all(["a " * 100])
+
+
+def test_records_that_say_the_same_in_two_files_are_written_so_that_they_can_be_read(causal, tmp_path):
+    for name in ("a/train", "a/test", "b/train", "b/test"):  # scored on what is learned, as in unlearning benchmarks
+        file = (tmp_path / name).with_suffix(".jsonl")
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(json.dumps({"prompt": "one?", "answer": "x"}) + "\n")
+    given = build_tasks("jsonl", {"tasks": [str(tmp_path / "a"), str(tmp_path / "b")]})
+    folder = str(tmp_path / "out")  # a text, as in the README
+    write_tasks(given, folder, DpPrompt(*causal, 1.0, max_new_tokens=2, test_seed=0))
+    found = build_tasks("jsonl", {"tasks": [f"{folder}/a", f"{folder}/b"]})
+    assert [t.train.ids for t in found] == [t.train.ids for t in given]
+    assert [r.prompt for t in found for r in t.eval.records] == ["one?", "one?"]
