@@ -122,7 +122,7 @@ def measure(run_dir: Path, forgotten: Sequence[Task], before: Path | None = None
         )
         if not gone or not new:
             raise VerificationError(
-                "there is nothing to compare with: no forgotten record was trained on"
+                "there are no forgotten training records"
                 if not gone
                 else "there is nothing to compare with: every record that is scored was trained on too"
             )
