@@ -94,7 +94,8 @@ class _Object(dict[str, Any]):
 
 
 def _objects(path: Path, text: str, problems: list[Problem]) -> list[tuple[str, Any]]:
-    if path.suffix == ".jsonl":
+    many = path.suffix.lower() == ".jsonl"
+    if many:
         lines = [(f"{path}:{n}", line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
     else:
         lines = [(f"{path}", text)]
@@ -109,7 +110,7 @@ def _objects(path: Path, text: str, problems: list[Problem]) -> list[tuple[str, 
             place = f"line {error.lineno}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else "it"
             problems.append(Problem(where, f"is not JSON ({place})"))
             continue
-        if isinstance(value, list) and path.suffix != ".jsonl":
+        if isinstance(value, list) and not many:
             found += [(f"{where}[{i}]", entry) for i, entry in enumerate(value)]
         else:
             found.append((where, value))
@@ -139,8 +140,8 @@ def _request(value: Any, where: str, problems: list[Problem]) -> DeletionRequest
     for key in ("request_id", "requester"):
         if key in value and not (isinstance(value[key], str) and _REFERENCE.fullmatch(value[key])):
             wrong(key, "must be a reference of at most 64 letters, digits and . _ : - (no name, no address)")
-    if "legal_basis" in value and not (isinstance(value["legal_basis"], str) and value["legal_basis"].strip()):
-        wrong("legal_basis", "must be a text, such as 'GDPR Art. 17(1)(b)'")
+    if "legal_basis" in value and not (_text(value["legal_basis"]) and value["legal_basis"].strip()):
+        wrong("legal_basis", "must be a text of whole characters, such as 'GDPR Art. 17(1)(b)'")
     if "received_at" in value and not _is_time(value["received_at"]):
         wrong("received_at", "must be a time with its zone, such as 2026-03-01T09:00:00+00:00")
     if value.get("deadline") is not None and not _is_date(value["deadline"]):
@@ -181,9 +182,10 @@ def _scope(value: Any, where: str, problems: list[Problem]) -> tuple[str, tuple[
             return "", ()
         return scope, (field, content["equals"])
     if not isinstance(content, list) or not content or not all(_text(entry) for entry in content):
-        problems.append(Problem(f"{where}.{scope}", "must be a list of texts with at least one"))
+        problems.append(Problem(f"{where}.{scope}", "must be a list of texts, of whole characters, with at least one"))
         return "", ()
-    repeated = [i for i, entry in enumerate(content) if entry in content[:i]]
+    first: dict[str, int] = {}
+    repeated = [i for i, entry in enumerate(content) if first.setdefault(entry, i) != i]
     problems += [Problem(f"{where}.{scope}[{i}]", "stands in the list twice") for i in repeated]
     if scope == "content_hashes":
         bad = [i for i, entry in enumerate(content) if not re.fullmatch(r"[0-9a-f]{64}", entry)]
@@ -192,7 +194,8 @@ def _scope(value: Any, where: str, problems: list[Problem]) -> tuple[str, tuple[
 
 
 def _text(value: Any) -> bool:
-    return isinstance(value, str) and bool(value)
+    """Whether it is a text that a file can hold: JSON can name half of a surrogate pair, which is no character."""
+    return isinstance(value, str) and bool(value) and not any("\ud800" <= c <= "\udfff" for c in value)
 
 
 def _is_time(value: Any) -> bool:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -323,3 +325,8 @@ def test_the_installed_program_ends_as_one_of_several_processes_should(monkeypat
     cli.script()
     assert codes == [3]
     assert '\nclkit = "clkit.cli:script"\n' in (Path(__file__).parents[2] / "pyproject.toml").read_text()
+
+
+def test_python_dash_m_runs_the_command_line():
+    done = subprocess.run([sys.executable, "-m", "clkit", "ls", "strategies"], capture_output=True, text=True)
+    assert done.returncode == 0 and "naive" in done.stdout

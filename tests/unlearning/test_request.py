@@ -58,6 +58,8 @@ def test_every_problem_is_told_at_once_with_its_place(write):
         ({"predicate": {"field": "answer", "equals": "x", "like": "y"}}, "nothing else"),
         ({"everything": True}, "exactly one of"),
         ("all", "exactly one of"),
+        ({"record_ids": ["\ud83d"]}, "of whole characters"),
+        ({"predicate": {"field": "answer", "equals": "\ud83d"}}, "(a text)"),
     ],
 )
 def test_a_wrong_scope_is_a_clear_error(scope, what, write):
@@ -80,6 +82,17 @@ def test_a_file_is_one_batch_with_ids_used_once_and_one_dry_run(write, tmp_path)
         read_requests(tmp_path / "bad.jsonl")
     with pytest.raises(RequestError, match="can't be read"):
         read_requests(tmp_path / "absent.json")
+
+
+def test_half_of_a_surrogate_pair_is_refused_before_it_could_break_the_certificate(write):
+    with pytest.raises(RequestError, match="legal_basis: must be a text of whole characters"):
+        read_requests(write(GOOD | {"legal_basis": "Art. 17 \ud83d"}))
+
+
+def test_json_lines_may_be_called_so_in_capitals(tmp_path):
+    file = tmp_path / "REQUESTS.JSONL"
+    file.write_text(f"{json.dumps(GOOD)}\n{json.dumps(GOOD | {'request_id': 'R-2'})}\n")
+    assert [r.request_id for r in read_requests(file)] == [GOOD["request_id"], "R-2"]
 
 
 def test_a_file_that_begins_with_a_byte_order_mark_is_read(tmp_path):
