@@ -18,7 +18,7 @@ _POLL_SECONDS = {"slurm": 10.0, "local": 0.2}
 
 
 class Job:
-    """What runs inside a job. A job that reaches its time limit or is preempted goes on in a new one."""
+    """What runs inside a job. At its time limit, and where Slurm tells it of preemption, it goes on in a new one."""
 
     def __call__(self, spec: Spec) -> Outcome:
         """Do the run."""
@@ -91,4 +91,6 @@ class Slurm(Launcher):
             outcome: Outcome = job.result()
         except (FailedJobError, UncompletedJobError) as error:
             return Outcome("failed", f"job {job.job_id}: {str(error).strip().splitlines()[0]}")
+        if outcome.state == "interrupted":  # the job was, not the sweep, whose other jobs go on
+            return Outcome("failed", f"job {job.job_id}: was told to stop (cancelled or preempted); its state is saved")
         return outcome

@@ -17,6 +17,7 @@ from clkit.cli import main
 from clkit.rundir import RunDirectory
 from clkit.sweep.config import LauncherConfig
 from clkit.sweep.launchers import environment
+from clkit.sweep.worker import Outcome
 
 LOCAL = {"name": "local", "jobs": 2, "threads": 1}
 
@@ -121,6 +122,32 @@ def test_submitits_local_executor_gives_the_same_numbers(write, sweep_content, t
     assert main(["sweep", write(sweep_content), "sweep.seeds=1", "--quiet"]) == 0
     assert results(tmp_path / "jobs") == here
     assert list((tmp_path / "jobs" / "jobs").glob("*_result.pkl")), "submitit did it"
+
+
+def test_a_job_that_is_cancelled_is_a_failed_run_and_the_others_go_on(
+    write, sweep_content, tmp_path, monkeypatch, capsys
+):
+    submitit = pytest.importorskip("submitit")
+
+    class Cancelled:
+        """A job that Slurm told to stop, as its worker answers then."""
+
+        job_id = "7"
+
+        def done(self):
+            return True
+
+        def result(self):
+            return Outcome("interrupted")
+
+    start = submitit.AutoExecutor.map_array
+    monkeypatch.setattr(
+        submitit.AutoExecutor, "map_array", lambda self, job, specs: [Cancelled(), *start(self, job, specs[1:])]
+    )
+    sweep_content["sweep"]["launcher"] = {"name": "slurm", "cluster": "local", "jobs": 9, "minutes": 5}
+    assert main(["sweep", write(sweep_content)]) == 3
+    said = capsys.readouterr()
+    assert "1 runs failed" in said.err and "job 7: was told to stop" in said.err and "### All settings" in said.out
 
 
 def test_slurm_where_there_is_none_is_an_error_that_says_so(write, sweep_content, monkeypatch, capsys, tmp_path):
