@@ -6,15 +6,17 @@
     python experiments/editing/run.py --out runs/editing --summary
 
 A run is a directory OUT/DATA/METHOD/T-SEED: its groups of T edits, each an ordinary directory of edits with a journal,
-and result.json. Finished runs are skipped, killed ones go on after their last edit. The seed draws the edits and is the
-method's own (masks). Writes into OUT/DATA: summary.csv (a row per run, moment, aspect and reading), summary.md (the
-tables of docs/results/editing.md) and failures.md (what the router got wrong, prompt by prompt).
+and result.json. Finished runs are skipped, and refused where they were made with other options or defaults than those
+asked for; killed ones go on after their last edit. The seed draws the edits and is the method's own (masks). Writes
+into OUT/DATA: summary.csv (a row per run, moment, aspect and reading), summary.md (the tables of
+docs/results/editing.md) and failures.md (what the router got wrong, prompt by prompt).
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import dataclasses
 import itertools
 import json
 import statistics
@@ -29,7 +31,7 @@ from typing import Any
 import yaml
 from data import SETS, Edits, draw
 
-from clkit.errors import ClkitError, ConfigError, did_you_mean
+from clkit.errors import ClkitError, ConfigError, Problem, did_you_mean
 from clkit.metrics.editing import ASPECTS, estimate, perplexity
 from clkit.registry import STRATEGIES
 
@@ -55,6 +57,17 @@ class Run:
     def result(self) -> Path:
         """What is there when it is finished."""
         return self.directory / "result.json"
+
+    def settings(self, content: Mapping[str, Any]) -> dict[str, Any]:
+        """What decides its numbers beside data, T and seed: every option, those that have their defaults too."""
+        from clkit.editing.store import make_strategy
+
+        _, plugin = make_strategy(self.section)
+        parts = {"model": content["model"], "evaluation": content["evaluation"]}
+        parts["options"] = dataclasses.asdict(plugin.config)
+        flat = {f"{part}.{key}": value for part, values in parts.items() for key, value in values.items()}
+        found: dict[str, Any] = json.loads(json.dumps(flat | {"ask_every": content.get("ask_every", 1)}))
+        return found
 
 
 def plan(arguments: argparse.Namespace, content: Mapping[str, Any]) -> list[Run]:
@@ -82,6 +95,23 @@ def plan(arguments: argparse.Namespace, content: Mapping[str, Any]) -> list[Run]
     return runs
 
 
+def check(runs: Sequence[Run], content: Mapping[str, Any]) -> None:
+    """Refuse finished runs that are not those asked for; results of before settings were kept say nothing of theirs.
+
+    Raises:
+        ConfigError: with every such run, and in what it differs.
+    """
+    problems = []
+    for run in runs:
+        now = run.settings(content)
+        if run.result.exists() and (then := json.loads(run.result.read_text(encoding="utf-8")).get("settings")):
+            names = sorted(key for key in {*then, *now} if then.get(key) != now.get(key))
+            if names:
+                problems.append(Problem(str(run.directory), f"was made with other values of {', '.join(names)}"))
+    if problems:
+        raise ConfigError.collect("Finished runs are not those asked for; delete them or give another --out:", problems)
+
+
 def execute(run: Run, content: Mapping[str, Any]) -> str:
     """Make the edits of a run, measure, write result.json. Returns a line to print."""
     edits, start = draw(run.data, run.size * run.groups, run.seed), time.monotonic()
@@ -93,7 +123,7 @@ def execute(run: Run, content: Mapping[str, Any]) -> str:
     last = found[-1]
     result = {
         "data": run.data, "method": run.method, "T": run.size, "seed": run.seed, "groups": run.groups,
-        "options": dict(run.section),
+        "options": dict(run.section), "settings": run.settings(content),
         "measured": measured,
         "failures": [f for group in found for f in group["failures"]],
         "seconds_per_edit": statistics.fmean(s for group in found for s in group["seconds"]),
@@ -344,6 +374,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         content = yaml.safe_load(arguments.settings.read_text(encoding="utf-8"))
         runs = plan(arguments, content)
         if not arguments.summary:
+            check(runs, content)
             for run in runs:
                 if not run.result.exists():
                     print(execute(run, content), flush=True)
