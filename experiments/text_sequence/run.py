@@ -5,7 +5,8 @@
     python experiments/text_sequence/run.py --out runs/text_sequence --summary
 
 Each run is an ordinary run directory OUT/SETTING/ORDER-SEED, made by `clkit run` in a process of its own with one
-thread; finished ones are skipped, killed ones go on where they stopped. Writes OUT/summary.csv (one row per run) and
+thread; finished ones are skipped (with other options than those asked for they are refused), killed ones go on where
+they stopped. Writes OUT/summary.csv (one row per run) and
 OUT/summary.md (one row per setting: mean and standard deviation over runs, difference from the control on the same
 orders and seeds).
 """
@@ -29,8 +30,10 @@ from typing import Any
 
 import yaml
 
-from clkit.errors import ClkitError, ConfigError, did_you_mean
+from clkit import build, resolve
+from clkit.errors import ClkitError, ConfigError, Problem, did_you_mean
 from clkit.result import RunResult
+from clkit.rundir import RunDirectory
 
 HERE = Path(__file__).parent
 METRICS = ("average_accuracy", "learning_accuracy", "forgetting", "bwt")
@@ -76,6 +79,23 @@ def plan(arguments: argparse.Namespace, content: dict[str, Any]) -> list[Run]:
         overrides += [f"output_dir={directory}", "tracking.progress=false", *arguments.override]
         runs.append(Run(name, order, seed, tuple(overrides), directory))
     return runs
+
+
+def check(runs: Sequence[Run]) -> None:
+    """Refuse finished runs that are not those asked for.
+
+    Raises:
+        ConfigError: with every such run, and in what it differs.
+    """
+    problems = []
+    for run in runs:
+        if run.finished:
+            config = resolve.to_dict(build.located(resolve.load(HERE / "base.yaml", run.overrides)))
+            directory = RunDirectory(run.directory)
+            facts = directory.read("run.json") or {}
+            problems += [Problem(str(run.directory), c) for c in directory.differences(config, facts.get("data", {}))]
+    if problems:
+        raise ConfigError.collect("Finished runs are not those asked for; delete them or give another --out:", problems)
 
 
 def execute(run: Run) -> str:
@@ -186,6 +206,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         runs = plan(arguments, content)
         failed = False
         if not arguments.summary:
+            check(runs)
             with ThreadPoolExecutor(arguments.jobs) as pool:
                 for line in pool.map(execute, [r for r in runs if not r.finished]):
                     print(line, flush=True)
