@@ -6,9 +6,9 @@
     python experiments/editing/run.py --out runs/editing --summary
 
 A run is a directory OUT/DATA/METHOD/T-SEED: its groups of T edits, each an ordinary directory of edits with a journal,
-and result.json. Finished runs are skipped, and refused where they were made with other options or defaults than those
-asked for; killed ones go on after their last edit. The seed draws the edits and is the method's own (masks). Writes
-into OUT/DATA: summary.csv (a row per run, moment, aspect and reading), summary.md (the tables of
+settings.json and result.json. Finished runs are skipped, killed ones go on after their last edit; both are refused
+where they were made with other options or defaults than those asked for. The seed draws the edits and is the method's
+own (masks). Writes into OUT/DATA: summary.csv (a row per run, moment, aspect and reading), summary.md (the tables of
 docs/results/editing.md) and failures.md (what the router got wrong, prompt by prompt).
 """
 
@@ -58,6 +58,11 @@ class Run:
         """What is there when it is finished."""
         return self.directory / "result.json"
 
+    @property
+    def made_with(self) -> Path:
+        """Its settings, written before its first edit."""
+        return self.directory / "settings.json"
+
     def settings(self, content: Mapping[str, Any]) -> dict[str, Any]:
         """What decides its numbers beside data, T and seed: every option, those that have their defaults too."""
         from clkit.editing.store import make_strategy
@@ -96,25 +101,29 @@ def plan(arguments: argparse.Namespace, content: Mapping[str, Any]) -> list[Run]
 
 
 def check(runs: Sequence[Run], content: Mapping[str, Any]) -> None:
-    """Refuse finished runs that are not those asked for; results of before settings were kept say nothing of theirs.
+    """Refuse runs that are there, whole or in part, and not those asked for; older ones did not keep their settings.
 
     Raises:
         ConfigError: with every such run, and in what it differs.
     """
     problems = []
     for run in runs:
-        now = run.settings(content)
-        if run.result.exists() and (then := json.loads(run.result.read_text(encoding="utf-8")).get("settings")):
-            names = sorted(key for key in {*then, *now} if then.get(key) != now.get(key))
-            if names:
+        if run.made_with.exists():
+            then, now = json.loads(run.made_with.read_text(encoding="utf-8")), run.settings(content)
+            if names := sorted(key for key in {*then, *now} if then.get(key) != now.get(key)):
                 problems.append(Problem(str(run.directory), f"was made with other values of {', '.join(names)}"))
     if problems:
-        raise ConfigError.collect("Finished runs are not those asked for; delete them or give another --out:", problems)
+        raise ConfigError.collect(
+            "Runs that are there are not those asked for; delete them or give another --out:", problems
+        )
 
 
 def execute(run: Run, content: Mapping[str, Any]) -> str:
     """Make the edits of a run, measure, write result.json. Returns a line to print."""
     edits, start = draw(run.data, run.size * run.groups, run.seed), time.monotonic()
+    if not run.directory.exists():
+        run.directory.mkdir(parents=True)
+        run.made_with.write_text(json.dumps(run.settings(content), indent=1), encoding="utf-8")
     found = [_group(run, k, edits, content) for k in range(run.groups)]
     measured: dict[str, Any] = {}
     for group in found:
@@ -123,7 +132,7 @@ def execute(run: Run, content: Mapping[str, Any]) -> str:
     last = found[-1]
     result = {
         "data": run.data, "method": run.method, "T": run.size, "seed": run.seed, "groups": run.groups,
-        "options": dict(run.section), "settings": run.settings(content),
+        "options": dict(run.section),
         "measured": measured,
         "failures": [f for group in found for f in group["failures"]],
         "seconds_per_edit": statistics.fmean(s for group in found for s in group["seconds"]),
